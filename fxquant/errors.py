@@ -1,0 +1,144 @@
+"""Every failure fxquant reports: one class each, its message inside the class."""
+
+from __future__ import annotations
+
+
+class FxQuantError(Exception):
+    """Base of all fxquant errors. ``message`` is filled from the keyword arguments.
+
+    The arguments stay readable as attributes, so callers need not parse the text.
+    """
+
+    message = "{detail}"
+
+    def __init__(self, **values: object):
+        self.values = values
+        super().__init__(self.message.format(**values))
+
+    def __getattr__(self, name: str) -> object:
+        try:
+            return self.__dict__["values"][name]
+        except KeyError:
+            raise AttributeError(name) from None
+
+    def __reduce__(self):
+        return _rebuild, (type(self), self.values)
+
+
+def _rebuild(cls: type[FxQuantError], values: dict[str, object]) -> FxQuantError:
+    return cls(**values)
+
+
+class UnknownScheme(FxQuantError, ValueError):
+    message = "unknown scheme {name!r}; the schemes are: {known}"
+
+
+class UnknownOption(FxQuantError, ValueError):
+    message = "unknown option {name!r}; the options are: {known}"
+
+
+class InvalidOption(FxQuantError, ValueError):
+    message = "option {name!r} is {value!r}: expected {expected}"
+
+
+class InvalidRule(FxQuantError, ValueError):
+    message = "rule {index} of the recipe, {rule}: {reason}"
+
+
+class UnusedRule(FxQuantError, ValueError):
+    message = (
+        "these rules of the recipe decide no layer: {rules}; "
+        "the layers are: {layers}; correct the pattern, or remove the rule"
+    )
+
+
+class NothingQuantized(FxQuantError, ValueError):
+    message = "no layer was quantized: {reasons}; see fxquant.explain(model, *args)"
+
+
+class GroupSizeMismatch(FxQuantError, ValueError):
+    message = (
+        "{layer}: in_features {in_features} is not a multiple of group_size {group_size} of scheme "
+        "{scheme}; use a group_size in {choices}, or a recipe rule that keeps this layer float"
+    )
+
+
+class NonFiniteWeight(FxQuantError, ValueError):
+    message = (
+        "{layer}: the weight holds {value} at {index}; a non-finite weight would turn its whole "
+        "block into NaN; mend the checkpoint, or keep this layer float with a recipe rule"
+    )
+
+
+class GradRequired(FxQuantError, RuntimeError):
+    message = (
+        "{layer}: the weight requires grad and grad mode is on, but a quantized weight has no "
+        "gradient; call the model under torch.no_grad() or torch.inference_mode(), or call "
+        "model.requires_grad_(False)"
+    )
+
+
+class NotQuantized(FxQuantError, RuntimeError):
+    message = "strict: these layers were not quantized: {layers}"
+
+
+class RecipeConflict(FxQuantError, RuntimeError):
+    message = (
+        "{layer}: the recipe gives this layer {wanted}, but the graph it shares with {first} was "
+        "compiled for {compiled}; compile the whole model rather than its blocks one by one, or "
+        "use one recipe for all blocks"
+    )
+
+
+class StageMismatch(FxQuantError, ValueError):
+    message = "pass {pass_name} takes a graph at stage {required}, this one is at stage {found}"
+
+
+class IllegalGraph(FxQuantError, RuntimeError):
+    message = "the graph is not legal at stage {stage}: node {node}: {reason}"
+
+
+class SignatureChanged(FxQuantError, RuntimeError):
+    message = "pass {pass_name} changed {what}: it was {before}, it is {after}"
+
+
+class CaptureFailed(FxQuantError, RuntimeError):
+    message = "the graph could not be brought to ATen form: {reason}; its linears stay float"
+
+
+class UnsupportedDtype(FxQuantError, TypeError):
+    message = "{layer}: weights of {dtype} cannot be quantized; cast them to one of {choices} first"
+
+
+class InvalidBlockSize(FxQuantError, ValueError):
+    message = "block_size {block_size} does not divide a tensor of shape {shape}"
+
+
+class ShapeMismatch(FxQuantError, ValueError):
+    message = "{what} has shape {found}, expected {expected}"
+
+
+class AlreadyQuantized(FxQuantError, ValueError):
+    message = (
+        "{layer} is already quantized with {scheme}; quantize the float model, or exclude the "
+        "layer with a recipe rule"
+    )
+
+
+class IncompatibleScheme(FxQuantError, RuntimeError):
+    message = (
+        "{layer}: the module holds {held} codes, the options ask for {asked}; remove the scheme from "
+        "the options, or quantize the float model with it"
+    )
+
+
+class NoKernel(FxQuantError, RuntimeError):
+    message = "strict: {layer} fell back to {used}; the other kernels refused: {reasons}"
+
+
+class BuildFailed(FxQuantError, RuntimeError):
+    message = "the native kernels could not be built with {compiler}: {output}"
+
+
+class UnsupportedTorch(FxQuantError, RuntimeError):
+    message = "torch {found} is outside the supported range {supported}"

@@ -1,0 +1,222 @@
+"""Number formats: ``QuantSpec`` for one tensor, ``Scheme`` for a linear, ``SCHEMES`` holds them all."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+
+from .affine import (
+    bits_of,
+    choose_qparams_affine,
+    dequantize_affine,
+    pack_codes,
+    quantize_affine,
+    unpack_codes,
+)
+from .errors import UnknownScheme
+
+Granularity = Literal["tensor", "channel", "token", "group"]
+Mapping = Literal["symmetric", "symmetric_no_clipping_err", "asymmetric"]
+ZeroPointDomain = Literal["none", "int", "float"]
+
+
+class Quantized(NamedTuple):
+    """Canonical codes and qparams of one tensor.
+
+    codes: int8, uint8 (sub-byte codes packed along the last dimension) or a float8 dtype.
+    scale: one entry per block. zero: like scale, ``None`` for symmetric formats.
+    """
+
+    codes: torch.Tensor
+    scale: torch.Tensor
+    zero: torch.Tensor | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantSpec:
+    """How one tensor is quantized, ``q = clamp(round(x / scale) + zero_point)``.
+
+    With ``zero_point_domain="float"`` (tinygemm's convention) the zero point is the real value
+    that the middle code stands for: ``x = (q - 2**(bits-1)) * scale + zero_point``.
+    """
+
+    dtype: torch.dtype
+    granularity: Granularity
+    group_size: int | None = None
+    mapping: Mapping = "symmetric"
+    zero_point_domain: ZeroPointDomain = "none"
+    scale_dtype: torch.dtype = torch.float32
+
+    @property
+    def bits(self) -> int:
+        return bits_of(self.dtype)
+
+    def block_size(self, rank: int) -> list[int]:
+        """Block of values that share a scale; -1 stands for the whole dimension."""
+        last = {"tensor": -1, "channel": -1, "token": -1, "group": self.group_size}[self.granularity]
+        lead = -1 if self.granularity == "tensor" else 1
+        return [lead] * (rank - 1) + [int(last or -1)]
+
+    def quantize(self, x: torch.Tensor) -> Quantized:
+        """Codes (sub-byte ones packed) and qparams of ``x``, the scale rounded to scale_dtype first."""
+        block = self.block_size(x.dim())
+        scale, zero = choose_qparams_affine(
+            x,
+            block,
+            self.dtype,
+            mapping=self.mapping,
+            zero_point_domain=self.zero_point_domain,
+            scale_dtype=self.scale_dtype,
+        )
+        codes = quantize_affine(
+            x, block, scale, zero, self.dtype, zero_point_domain=self.zero_point_domain
+        )
+        return Quantized(pack_codes(codes, self.dtype), scale, zero)
+
+    def dequantize(self, q: Quantized, dtype: torch.dtype) -> torch.Tensor:
+        """Inverse of ``quantize``, computed in float32 (float64 when ``dtype`` is), rounded once."""
+        codes = unpack_codes(q.codes, self.dtype)
+        return dequantize_affine(
+            codes,
+            self.block_size(codes.dim()),
+            q.scale,
+            q.zero,
+            self.dtype,
+            zero_point_domain=self.zero_point_domain,
+            output_dtype=dtype,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scheme:
+    """What a linear becomes. ``sqnr`` is the floor in dB of the scheme's output against float's.
+
+    The floor is the measured value less 0.5 dB, for Gaussian weights and activations at
+    K = 1024 (tests/test_schemes.py).
+    """
+
+    name: str
+    weight: QuantSpec
+    input: QuantSpec | None = None
+    sqnr: float
+    summary: str
+
+    @property
+    def family(self) -> str:
+        """What a kernel is written for: weight and activation format, e.g. ``w4a16`` or ``wf8af8``."""
+        kind = {True: "f8", False: str(self.weight.bits)}[self.weight.dtype.is_floating_point]
+        if self.input is None:
+            return f"w{kind}a16"
+        return f"w{kind}a{'f8' if self.input.dtype.is_floating_point else self.input.bits}"
+
+
+def _int(dtype: torch.dtype, granularity: Granularity, **kw) -> QuantSpec:
+    return QuantSpec(dtype=dtype, granularity=granularity, **kw)
+
+
+def _group(dtype: torch.dtype, size: int, *, asymmetric: bool = False) -> QuantSpec:
+    """Grouped weights keep bfloat16 qparams: at 32 values a group, float32 ones would add 2 bits."""
+    domain: ZeroPointDomain = "float" if asymmetric else "none"
+    return QuantSpec(
+        dtype=dtype,
+        granularity="group",
+        group_size=size,
+        mapping="asymmetric" if asymmetric else "symmetric",
+        zero_point_domain=domain,
+        scale_dtype=torch.bfloat16,
+    )
+
+
+_CHANNEL_INT8 = _int(torch.int8, "channel")
+_CHANNEL_FP8 = _int(torch.float8_e4m3fn, "channel")
+_TOKEN_INT8 = _int(torch.int8, "token")
+_TOKEN_INT8_ASYM = _int(torch.int8, "token", mapping="asymmetric", zero_point_domain="int")
+_TOKEN_FP8 = _int(torch.float8_e4m3fn, "token")
+
+SCHEMES: dict[str, Scheme] = {}
+
+
+def register(scheme: Scheme) -> Scheme:
+    """Make ``scheme`` known under its name; a kernel serves it if it serves its family."""
+    SCHEMES[scheme.name] = scheme
+    return scheme
+
+
+register(Scheme(name="int8wo", weight=_CHANNEL_INT8, sqnr=0.0, summary="int8 weights per channel"))
+register(
+    Scheme(
+        name="int8dq",
+        weight=_CHANNEL_INT8,
+        input=_TOKEN_INT8,
+        sqnr=0.0,
+        summary="int8 weights per channel, int8 activations per token, integer product",
+    )
+)
+for _size in (32, 64, 128, 256):
+    register(
+        Scheme(
+            name=f"int4wo-{_size}",
+            weight=_group(torch.uint4, _size, asymmetric=True),
+            sqnr=0.0,
+            summary=f"uint4 weights, groups of {_size}, float zero point (tinygemm)",
+        )
+    )
+    register(
+        Scheme(
+            name=f"int4wo-{_size}-sym",
+            weight=_group(torch.int4, _size),
+            sqnr=0.0,
+            summary=f"int4 weights, groups of {_size}, symmetric",
+        )
+    )
+    register(
+        Scheme(
+            name=f"8da4w-{_size}",
+            weight=_group(torch.int4, _size),
+            input=_TOKEN_INT8_ASYM,
+            sqnr=0.0,
+            summary=f"int4 weights, groups of {_size}, int8 activations per token, integer product",
+        )
+    )
+for _size in (32, 64):
+    register(
+        Scheme(
+            name=f"int2wo-{_size}",
+            weight=_group(torch.uint2, _size, asymmetric=True),
+            sqnr=0.0,
+            summary=f"uint2 weights, groups of {_size}, float zero point",
+        )
+    )
+register(Scheme(name="fp8wo", weight=_CHANNEL_FP8, sqnr=0.0, summary="float8 e4m3 weights per channel"))
+register(
+    Scheme(
+        name="fp8dq",
+        weight=_CHANNEL_FP8,
+        input=_TOKEN_FP8,
+        sqnr=0.0,
+        summary="float8 e4m3 weights per channel and activations per token",
+    )
+)
+
+ALIASES = {
+    "W8A16": "int8wo",
+    "W8A8": "int8dq",
+    "W4A16": "int4wo-128-sym",
+    "W4A16_ASYM": "int4wo-128",
+    "W4A8": "8da4w-128",
+    "FP8": "fp8wo",
+    "FP8_DYNAMIC": "fp8dq",
+    "int4wo": "int4wo-128",
+    "8da4w": "8da4w-32",
+    "int2wo": "int2wo-32",
+}
+
+
+def get_scheme(name: str) -> Scheme:
+    """The scheme called ``name`` or its alias. Raises UnknownScheme, which lists what exists."""
+    try:
+        return SCHEMES[ALIASES.get(name, name)]
+    except (KeyError, TypeError):
+        raise UnknownScheme(name=name, known=", ".join([*SCHEMES, *ALIASES])) from None
