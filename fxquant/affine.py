@@ -1,0 +1,344 @@
+"""Affine quantization, ``q = clamp(round(x / scale) + zero_point)``, over blocks of a tensor.
+
+A ``block_size`` has one entry per dimension of ``x``: the extent that shares one scale, -1 for the
+whole dimension. ``[-1, -1]`` is per tensor, ``[1, -1]`` per row (channel of a weight, token of an
+activation), ``[1, 32]`` grouped, ``[128, 128]`` two-dimensional. Scales and zero points have the
+rank of ``x`` and one entry per block: ``[N, K // 32]`` for grouped, ``[N, 1]`` for rows.
+
+Everything here is plain torch ops on shapes: it runs eagerly, under fake tensors, and traces with
+symbolic sizes. Arithmetic is float32, or float64 where an input is float64; halves round to even.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import reduce
+from operator import or_
+from typing import Literal
+
+import torch
+
+from .errors import InvalidBlockSize, InvalidOption, ShapeMismatch, UnsupportedDtype
+
+Mapping = Literal["symmetric", "symmetric_no_clipping_err", "asymmetric"]
+ZeroPointDomain = Literal["none", "int", "float"]
+
+_SIGNED = {getattr(torch, f"int{bits}"): bits for bits in range(1, 9)}
+_UNSIGNED = {getattr(torch, f"uint{bits}"): bits for bits in range(1, 9)}
+_FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+_REAL = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def _choice(name: str, value: object, known: Sequence[object]) -> None:
+    if value not in known:
+        raise InvalidOption(name=name, value=value, expected=f"one of {', '.join(map(str, known))}")
+
+
+def bits_of(dtype: torch.dtype) -> int:
+    """Bits of one code: 1 to 8 for ``int1``..``int8`` and ``uint1``..``uint8``, 8 for float8.
+
+    Raises InvalidOption for a dtype that holds no codes.
+    """
+    _choice("dtype", dtype, [*_SIGNED, *_UNSIGNED, *_FLOAT8])
+    return 8 if dtype in _FLOAT8 else _SIGNED.get(dtype) or _UNSIGNED[dtype]
+
+
+def code_range(dtype: torch.dtype) -> tuple[int, int]:
+    """Smallest and largest code of ``dtype``; the finite range for float8 (-448 to 448 in e4m3)."""
+    bits = bits_of(dtype)
+    if dtype in _FLOAT8:
+        return int(torch.finfo(dtype).min), int(torch.finfo(dtype).max)
+    return (-(1 << bits - 1), (1 << bits - 1) - 1) if dtype in _SIGNED else (0, (1 << bits) - 1)
+
+
+def storage_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What unpacked codes of ``dtype`` are held in: int8, uint8, or the float8 type itself."""
+    bits_of(dtype)
+    return dtype if dtype in _FLOAT8 else torch.int8 if dtype in _SIGNED else torch.uint8
+
+
+def _range(dtype: torch.dtype, quant_min: float | None, quant_max: float | None):
+    """The codes to use, by default all of ``dtype``, and the code in their middle (0 if signed).
+
+    Between two codes for a custom range: the float domain takes that as it is, others cut it off.
+    """
+    low, high = code_range(dtype)
+    qmin = low if quant_min is None else quant_min
+    qmax = high if quant_max is None else quant_max
+    if not low <= qmin < qmax <= high:
+        raise InvalidOption(
+            name="quant_min, quant_max",
+            value=(qmin, qmax),
+            expected=f"{low} <= quant_min < quant_max <= {high} for {dtype}",
+        )
+    return qmin, qmax, (qmax + qmin + 1) / 2
+
+
+def _blocks(shape: Sequence[int], block_size: Sequence[int]) -> tuple[list[int], list[int]]:
+    """``shape`` as (number of blocks, extent of a block, ...) pairs, and the number of blocks.
+
+    Only sizes known as plain ints are checked; a symbolic one is left to the reshape.
+    """
+    interleaved: list[int] = []
+    if len(block_size) != len(shape):
+        raise InvalidBlockSize(block_size=tuple(block_size), shape=tuple(shape))
+    for size, block in zip(shape, block_size, strict=True):
+        if isinstance(block, int):
+            if block == -1:
+                interleaved += [1, size]
+                continue
+            if block < 1 or (isinstance(size, int) and size % block):
+                raise InvalidBlockSize(block_size=tuple(block_size), shape=tuple(shape))
+        interleaved += [size // block, block]
+    return interleaved, interleaved[::2]
+
+
+def _per_block(qparam: torch.Tensor, counts: list[int], dtype: torch.dtype, what: str):
+    """A scale or zero point in ``dtype``, shaped to broadcast over interleaved dimensions."""
+    found = qparam.shape
+    known = [(f, c) for f, c in zip(found, counts) if isinstance(f, int) and isinstance(c, int)]
+    if len(found) != len(counts) or any(f != c for f, c in known):
+        raise ShapeMismatch(what=what, found=tuple(found), expected=tuple(counts))
+    return qparam.reshape([n for count in counts for n in (count, 1)]).to(dtype)
+
+
+def _compute_dtype(*tensors: torch.Tensor) -> torch.dtype:
+    return torch.float64 if torch.float64 in [t.dtype for t in tensors] else torch.float32
+
+
+def _check_domain(zero_point: torch.Tensor | None, domain: str, dtype: torch.dtype) -> None:
+    _choice("zero_point_domain", domain, ["none"] if dtype in _FLOAT8 else ["none", "int", "float"])
+    if (zero_point is None) != (domain == "none"):
+        raise InvalidOption(
+            name="zero_point",
+            value=zero_point if zero_point is None else "a tensor",
+            expected=f"{'None' if domain == 'none' else 'a tensor'} in domain {domain!r}",
+        )
+
+
+def choose_qparams_affine(
+    x: torch.Tensor,
+    block_size: Sequence[int],
+    dtype: torch.dtype,
+    *,
+    mapping: Mapping = "symmetric",
+    zero_point_domain: ZeroPointDomain = "none",
+    scale_dtype: torch.dtype | None = None,
+    zero_point_dtype: torch.dtype | None = None,
+    eps: float | None = None,
+    quant_min: float | None = None,
+    quant_max: float | None = None,
+    preserve_zero: bool = True,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Scale and zero point for each block of ``x``, from its smallest and largest value.
+
+    mapping:
+        ``symmetric``: ``scale = max|x| / ((quant_max - quant_min) / 2)``.
+        ``symmetric_no_clipping_err``: the smallest scale at which neither end clips.
+        ``asymmetric``: ``scale = (max - min) / (quant_max - quant_min)``.
+    zero_point_domain:
+        ``none``: codes stand for ``q * scale``; symmetric mappings only.
+        ``int``: ``(q - zero_point) * scale``; the middle code where the mapping is symmetric.
+        ``float`` (tinygemm): ``(q - middle) * scale + zero_point``; asymmetric only.
+    scale_dtype: default ``x.dtype``. The scale is rounded to it before anything else uses it.
+    zero_point_dtype: default int32 in the int domain, ``scale_dtype`` in the float domain.
+    eps: smallest scale of a block that is not zero; never below the smallest normal number.
+    preserve_zero: widen the range of the int domain to hold 0, which then has an exact code.
+        Otherwise the zero point may lie outside the codes. The float domain never widens it.
+
+    Returns (scale, zero_point or None), one entry per block, in the rank of ``x``.
+
+    A block without extent (zero, or constant where the range is not widened) is represented
+    exactly. A scale beyond ``scale_dtype`` is clamped to its largest value. A block that holds NaN
+    or an infinity gets a NaN scale, so that all of it dequantizes to NaN rather than to a number.
+
+    Raises InvalidBlockSize, InvalidOption, UnsupportedDtype (``x`` is not floating point).
+    """
+    qmin, qmax, middle = _range(dtype, quant_min, quant_max)
+    center = int(middle)
+    _check_mapping(mapping, zero_point_domain, dtype, qmin, qmax, center)
+    if x.dtype not in _REAL:
+        raise UnsupportedDtype(layer="x", dtype=x.dtype, choices=", ".join(map(str, _REAL)))
+    scale_dtype = scale_dtype or x.dtype
+    finite = torch.finfo(scale_dtype)
+
+    low, high = _min_max(x, block_size)
+    if zero_point_domain != "float" and (preserve_zero or mapping != "asymmetric"):
+        low, high = low.clamp(max=0), high.clamp(min=0)
+
+    # Halving is exact, so this is (max - min) / (qmax - qmin) bit for bit, without its overflow.
+    half_codes = (qmax - qmin) / 2
+    if mapping == "asymmetric":
+        radius = high / 2 - low / 2
+        scale = radius / half_codes
+    elif mapping == "symmetric":
+        radius = torch.maximum(-low, high)
+        scale = radius / half_codes
+    else:
+        radius = torch.maximum(-low, high)
+        scale = torch.maximum(low / (qmin - center), high / (qmax - center))
+
+    # A block without extent would divide by zero; any scale serves, so take one that is exact.
+    flat = radius == 0
+    unit: torch.Tensor | float = 1.0
+    if zero_point_domain == "int" and not preserve_zero:
+        unit = torch.where(low == 0, 1.0, low.abs())
+    scale = scale.clamp(max(eps or 0.0, finite.tiny), finite.max)
+    scale = torch.where(flat, unit, scale)
+    scale = torch.where(torch.isfinite(radius), scale, float("nan")).to(scale_dtype)
+    if zero_point_domain == "none":
+        return scale, None
+
+    step = scale.to(low.dtype)
+    if zero_point_domain == "float":
+        zero = torch.where(flat, low, low + step * middle)
+        return scale, zero.to(zero_point_dtype or scale_dtype)
+    if mapping == "asymmetric":
+        zero = qmin - torch.round(low / step)
+        zero = zero.clamp(qmin, qmax) if preserve_zero else zero
+        zero = torch.where(torch.isnan(zero), center, zero)
+    else:
+        zero = torch.full_like(step, center)
+    return scale, zero.to(zero_point_dtype or torch.int32)
+
+
+def _check_mapping(mapping, domain, dtype, qmin, qmax, center) -> None:
+    _choice("mapping", mapping, ["symmetric", "symmetric_no_clipping_err", "asymmetric"])
+    if dtype in _FLOAT8:
+        _choice("mapping", mapping, ["symmetric", "symmetric_no_clipping_err"])
+        domains = ["none"]
+    elif mapping == "asymmetric":
+        domains = ["int", "float"]
+    else:
+        # Without a zero point, codes that do not lie around 0 would lose one sign altogether.
+        domains = ["int"] if center else ["none", "int"]
+    _choice("zero_point_domain", domain, domains)
+    if mapping == "symmetric_no_clipping_err" and not qmin < center < qmax:
+        raise InvalidOption(
+            name="mapping", value=mapping, expected="at least one code on either side of zero"
+        )
+
+
+def _min_max(x: torch.Tensor, block_size: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Smallest and largest value of each block; 0 for a block without values."""
+    interleaved, counts = _blocks(x.shape, block_size)
+    dtype = _compute_dtype(x)
+    if any(isinstance(extent, int) and extent == 0 for extent in interleaved[1::2]):
+        empty = x.new_zeros(counts, dtype=dtype)
+        return empty, empty
+    blocks = x.reshape(interleaved)
+    within = list(range(1, len(interleaved), 2))
+    return blocks.amin(within).to(dtype), blocks.amax(within).to(dtype)
+
+
+def quantize_affine(
+    x: torch.Tensor,
+    block_size: Sequence[int],
+    scale: torch.Tensor,
+    zero_point: torch.Tensor | None,
+    dtype: torch.dtype,
+    *,
+    zero_point_domain: ZeroPointDomain = "none",
+    quant_min: float | None = None,
+    quant_max: float | None = None,
+) -> torch.Tensor:
+    """Codes of ``x``, in its shape: int8, uint8 or a float8 type, saturated at the ends.
+
+    ``scale`` and ``zero_point`` are those of ``choose_qparams_affine``. NaN stays NaN in float8;
+    integers have no code for it, and it becomes the code of zero (of the zero point, if float).
+
+    Raises InvalidBlockSize, InvalidOption, ShapeMismatch.
+    """
+    qmin, qmax, middle = _range(dtype, quant_min, quant_max)
+    _check_domain(zero_point, zero_point_domain, dtype)
+    interleaved, counts = _blocks(x.shape, block_size)
+    compute = _compute_dtype(x, scale)
+    blocks = x.reshape(interleaved).to(compute)
+    scale = _per_block(scale, counts, compute, "scale")
+
+    if dtype in _FLOAT8:
+        # Clamped first: a cast does not saturate in every torch release.
+        return (blocks / scale).clamp(qmin, qmax).reshape(x.shape).to(dtype)
+    if zero_point is None:
+        codes, center = torch.round(blocks * (1 / scale)), 0
+    elif zero_point_domain == "int":
+        center = _per_block(zero_point, counts, compute, "zero_point")
+        codes = torch.round(blocks * (1 / scale)) + center
+    else:
+        lowest = _per_block(zero_point, counts, compute, "zero_point") - scale * middle
+        codes, center = torch.round((blocks - lowest) / scale), middle
+    # Casting NaN to an integer is undefined, and differs between devices.
+    codes = torch.where(torch.isnan(codes), center, codes)
+    return codes.clamp(qmin, qmax).reshape(x.shape).to(storage_dtype(dtype))
+
+
+def dequantize_affine(
+    codes: torch.Tensor,
+    block_size: Sequence[int],
+    scale: torch.Tensor,
+    zero_point: torch.Tensor | None,
+    dtype: torch.dtype,
+    *,
+    zero_point_domain: ZeroPointDomain = "none",
+    quant_min: float | None = None,
+    quant_max: float | None = None,
+    output_dtype: torch.dtype = torch.float32,
+) -> torch.Tensor:
+    """The values that ``codes`` (unpacked) stand for, in their shape.
+
+    Computed in float32, or float64 if ``output_dtype`` is, and rounded once to ``output_dtype``.
+
+    Raises InvalidBlockSize, InvalidOption, ShapeMismatch.
+    """
+    _, _, middle = _range(dtype, quant_min, quant_max)
+    _check_domain(zero_point, zero_point_domain, dtype)
+    _choice("dtype of codes", codes.dtype, [storage_dtype(dtype)])
+    interleaved, counts = _blocks(codes.shape, block_size)
+    compute = torch.float64 if output_dtype == torch.float64 else torch.float32
+    values = codes.reshape(interleaved).to(compute)
+    scale = _per_block(scale, counts, compute, "scale")
+    if zero_point is None:
+        values = values * scale
+    elif zero_point_domain == "int":
+        values = (values - _per_block(zero_point, counts, compute, "zero_point")) * scale
+    else:
+        offset = _per_block(zero_point, counts, compute, "zero_point")
+        values = (values - middle) * scale + offset
+    return values.reshape(codes.shape).to(output_dtype)
+
+
+def pack_codes(codes: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Codes of 1, 2 or 4 bits as uint8 ``[..., K * bits / 8]``; others are returned as they are.
+
+    Each byte holds consecutive codes of the last dimension, the first in its lowest bits, as
+    ``q - quant_min`` (offset binary), so signed and unsigned formats share one layout.
+
+    Raises ShapeMismatch if the last dimension does not fill whole bytes.
+    """
+    bits = bits_of(dtype)
+    if bits not in (1, 2, 4):
+        return codes
+    _choice("dtype of codes", codes.dtype, [storage_dtype(dtype)])
+    per_byte = 8 // bits
+    *lead, last = codes.shape
+    if isinstance(last, int) and last % per_byte:
+        raise ShapeMismatch(
+            what=f"codes of {dtype}",
+            found=tuple(codes.shape),
+            expected=f"a last dimension that is a multiple of {per_byte}",
+        )
+    offset = (codes - code_range(dtype)[0]).to(torch.uint8)
+    places = offset.reshape([*lead, last // per_byte, per_byte]).unbind(-1)
+    return reduce(or_, [place << (bits * i) for i, place in enumerate(places)])
+
+
+def unpack_codes(packed: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The exact inverse of ``pack_codes``: int8 codes of a signed ``dtype``, uint8 otherwise."""
+    bits = bits_of(dtype)
+    if bits not in (1, 2, 4):
+        return packed
+    _choice("dtype of packed codes", packed.dtype, [torch.uint8])
+    mask = (1 << bits) - 1
+    places = torch.stack([(packed >> shift) & mask for shift in range(0, 8, bits)], dim=-1)
+    codes = places.to(storage_dtype(dtype)) + code_range(dtype)[0]
+    return codes.flatten(-2)
