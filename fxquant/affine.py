@@ -57,7 +57,9 @@ def storage_dtype(dtype: torch.dtype) -> torch.dtype:
     return dtype if dtype in _FLOAT8 else torch.int8 if dtype in _SIGNED else torch.uint8
 
 
-def _range(dtype: torch.dtype, quant_min: float | None, quant_max: float | None):
+def _range(
+    dtype: torch.dtype, quant_min: float | None, quant_max: float | None
+) -> tuple[float, float, float]:
     """The codes to use, by default all of ``dtype``, and the code in their middle (0 if signed).
 
     Between two codes for a custom range: the float domain takes that as it is, others cut it off.
@@ -93,7 +95,9 @@ def _blocks(shape: Sequence[int], block_size: Sequence[int]) -> tuple[list[int],
     return interleaved, interleaved[::2]
 
 
-def _per_block(qparam: torch.Tensor, counts: list[int], dtype: torch.dtype, what: str):
+def _per_block(
+    qparam: torch.Tensor, counts: list[int], dtype: torch.dtype, what: str
+) -> torch.Tensor:
     """A scale or zero point in ``dtype``, shaped to broadcast over interleaved dimensions."""
     found = qparam.shape
     known = [(f, c) for f, c in zip(found, counts) if isinstance(f, int) and isinstance(c, int)]
@@ -148,9 +152,9 @@ def choose_qparams_affine(
 
     Returns (scale, zero_point or None), one entry per block, in the rank of ``x``.
 
-    A block without extent (zero, or constant where the range is not widened) is represented
-    exactly. A scale beyond ``scale_dtype`` is clamped to its largest value. A block that holds NaN
-    or an infinity gets a NaN scale, so that all of it dequantizes to NaN rather than to a number.
+    An all-zero block has scale 1; a constant one is exact, up to the rounding of its qparams, where
+    the range is not widened. Scales are clamped to the normal numbers of ``scale_dtype``. A block
+    that holds NaN or an infinity has a NaN scale, so that all of it dequantizes to NaN.
 
     Raises InvalidBlockSize, InvalidOption, UnsupportedDtype (``x`` is not floating point).
     """
@@ -160,49 +164,60 @@ def choose_qparams_affine(
     if x.dtype not in _REAL:
         raise UnsupportedDtype(layer="x", dtype=x.dtype, choices=", ".join(map(str, _REAL)))
     scale_dtype = scale_dtype or x.dtype
-    finite = torch.finfo(scale_dtype)
+    _choice("scale_dtype", scale_dtype, _REAL)
+    limits = torch.finfo(scale_dtype)
+    widen = mapping != "asymmetric" or (zero_point_domain == "int" and preserve_zero)
 
     low, high = _min_max(x, block_size)
-    if zero_point_domain != "float" and (preserve_zero or mapping != "asymmetric"):
+    if widen:
         low, high = low.clamp(max=0), high.clamp(min=0)
-
     # Halving is exact, so this is (max - min) / (qmax - qmin) bit for bit, without its overflow.
-    half_codes = (qmax - qmin) / 2
-    if mapping == "asymmetric":
-        radius = high / 2 - low / 2
-        scale = radius / half_codes
-    elif mapping == "symmetric":
-        radius = torch.maximum(-low, high)
-        scale = radius / half_codes
-    else:
-        radius = torch.maximum(-low, high)
+    radius = high / 2 - low / 2 if mapping == "asymmetric" else torch.maximum(-low, high)
+    scale = radius / ((qmax - qmin) / 2)
+    if mapping == "symmetric_no_clipping_err":
         scale = torch.maximum(low / (qmin - center), high / (qmax - center))
-
-    # A block without extent would divide by zero; any scale serves, so take one that is exact.
-    flat = radius == 0
-    unit: torch.Tensor | float = 1.0
-    if zero_point_domain == "int" and not preserve_zero:
-        unit = torch.where(low == 0, 1.0, low.abs())
-    scale = scale.clamp(max(eps or 0.0, finite.tiny), finite.max)
-    scale = torch.where(flat, unit, scale)
+    if zero_point_domain == "int" and not widen:
+        # A range far from 0 has a large zero point, which float32 must still hold exactly.
+        radius = torch.maximum(-low, high)
+        scale = torch.maximum(scale, radius * 2.0**-22)
+    # Without extent any scale will do but 0, by which quantization could not divide.
+    scale = torch.where(radius == 0, 1.0, scale).clamp(max(eps or 0.0, limits.tiny), limits.max)
     scale = torch.where(torch.isfinite(radius), scale, float("nan")).to(scale_dtype)
     if zero_point_domain == "none":
         return scale, None
 
     step = scale.to(low.dtype)
     if zero_point_domain == "float":
-        zero = torch.where(flat, low, low + step * middle)
-        return scale, zero.to(zero_point_dtype or scale_dtype)
+        zero_point_dtype = zero_point_dtype or scale_dtype
+        _choice("zero_point_dtype", zero_point_dtype, _REAL)
+        limits = torch.finfo(zero_point_dtype)
+        # Adding half of that scale to the value of a constant block would cost it digits.
+        zero = torch.where(radius == 0, low, low + step * (middle - qmin))
+        return scale, zero.clamp(limits.min, limits.max).to(zero_point_dtype)
+    zero_point_dtype = zero_point_dtype or torch.int32
     if mapping == "asymmetric":
-        zero = qmin - torch.round(low / step)
-        zero = zero.clamp(qmin, qmax) if preserve_zero else zero
+        first, last = (qmin, qmax) if preserve_zero else (-(1 << 23), 1 << 23)
+        zero = (qmin - torch.round(low / step)).clamp(first, last)
         zero = torch.where(torch.isnan(zero), center, zero)
     else:
+        first, last = center, center
         zero = torch.full_like(step, center)
-    return scale, zero.to(zero_point_dtype or torch.int32)
+    _check_holds(zero_point_dtype, first, last)
+    return scale, zero.to(zero_point_dtype)
 
 
-def _check_mapping(mapping, domain, dtype, qmin, qmax, center) -> None:
+def _check_holds(dtype: torch.dtype, first: float, last: float) -> None:
+    """An integer zero point of ``dtype`` can be anything from ``first`` to ``last``."""
+    floating = dtype.is_floating_point or dtype.is_complex or dtype == torch.bool
+    if floating or first < torch.iinfo(dtype).min or torch.iinfo(dtype).max < last:
+        raise InvalidOption(
+            name="zero_point_dtype", value=dtype, expected=f"integers from {first} to {last}"
+        )
+
+
+def _check_mapping(
+    mapping: str, domain: str, dtype: torch.dtype, qmin: float, qmax: float, center: int
+) -> None:
     _choice("mapping", mapping, ["symmetric", "symmetric_no_clipping_err", "asymmetric"])
     if dtype in _FLOAT8:
         _choice("mapping", mapping, ["symmetric", "symmetric_no_clipping_err"])
@@ -259,14 +274,15 @@ def quantize_affine(
     if dtype in _FLOAT8:
         # Clamped first: a cast does not saturate in every torch release.
         return (blocks / scale).clamp(qmin, qmax).reshape(x.shape).to(dtype)
-    if zero_point is None:
+    offset = None if zero_point is None else _per_block(zero_point, counts, compute, "zero_point")
+    center: torch.Tensor | float
+    if offset is None:
         codes, center = torch.round(blocks * (1 / scale)), 0
     elif zero_point_domain == "int":
-        center = _per_block(zero_point, counts, compute, "zero_point")
-        codes = torch.round(blocks * (1 / scale)) + center
+        codes, center = torch.round(blocks * (1 / scale)) + offset, offset
     else:
-        lowest = _per_block(zero_point, counts, compute, "zero_point") - scale * middle
-        codes, center = torch.round((blocks - lowest) / scale), middle
+        lowest = offset - scale * (middle - qmin)
+        codes, center = torch.round((blocks - lowest) / scale) + qmin, middle
     # Casting NaN to an integer is undefined, and differs between devices.
     codes = torch.where(torch.isnan(codes), center, codes)
     return codes.clamp(qmin, qmax).reshape(x.shape).to(storage_dtype(dtype))
@@ -299,11 +315,12 @@ def dequantize_affine(
     scale = _per_block(scale, counts, compute, "scale")
     if zero_point is None:
         values = values * scale
-    elif zero_point_domain == "int":
-        values = (values - _per_block(zero_point, counts, compute, "zero_point")) * scale
     else:
         offset = _per_block(zero_point, counts, compute, "zero_point")
-        values = (values - middle) * scale + offset
+        if zero_point_domain == "int":
+            values = (values - offset) * scale
+        else:
+            values = (values - middle) * scale + offset
     return values.reshape(codes.shape).to(output_dtype)
 
 
