@@ -1,0 +1,37 @@
+"""Triton: float8 weights per channel times float8 activations per token."""
+
+from __future__ import annotations
+
+import torch
+
+from .kernel import Problem, activations_in, has_feature, kernel
+from .triton_launch import EPILOGUES, has_triton, input_is, roofline, weight_is
+from .triton_w8a8 import CHANNEL
+
+MEMORY = 0.45  # as for int8
+COMPUTE = 0.45  # of the float8 peak: sums leave the tensor core after every step
+
+
+def cost(p: Problem):
+    return roofline(p, peak="float8", memory=MEMORY, compute=COMPUTE)
+
+
+@kernel(
+    families=["wf8af8"],
+    device="cuda",
+    layout=CHANNEL,
+    cost=cost,
+    needs=[
+        has_triton,
+        has_feature("sm89"),
+        activations_in(torch.bfloat16, torch.float16, torch.float32),
+        weight_is("channel", "none"),
+        input_is("none"),
+    ],
+    epilogues=EPILOGUES,
+    faults=[{"dtype": torch.float64}],
+)
+def triton_fp8(scheme, x, packed, bias, epilogue):
+    codes, scale, _ = scheme.input.quantize(x)
+    op = torch.ops.fxquant.triton_channel_linear.default
+    return op(codes, scale, packed[0], packed[1], bias, epilogue, x.dtype)
