@@ -72,8 +72,8 @@ class NonFiniteWeight(FxQuantError, ValueError):
 
 class GradRequired(FxQuantError, RuntimeError):
     message = (
-        "{layer}: the weight requires grad and grad mode is on, but a quantized weight has no "
-        "gradient; call the model under torch.no_grad() or torch.inference_mode(), or call "
+        "{name} requires grad and grad mode is on, but no gradient flows through a quantized linear; "
+        "call the model under torch.no_grad() or torch.inference_mode(), or call "
         "model.requires_grad_(False)"
     )
 
@@ -122,13 +122,6 @@ class AlreadyQuantized(FxQuantError, ValueError):
     message = (
         "{layer} is already quantized with {scheme}; quantize the float model, or exclude the "
         "layer with a recipe rule"
-    )
-
-
-class IncompatibleScheme(FxQuantError, RuntimeError):
-    message = (
-        "{layer}: the module holds {held} codes, the options ask for {asked}; remove the scheme from "
-        "the options, or quantize the float model with it"
     )
 
 

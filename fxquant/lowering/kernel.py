@@ -94,6 +94,9 @@ class Kernel:
         return next((why for need in self.needs if (why := need(problem))), None)
 
 
+CANONICAL = "canonical"
+"""The layout of codes as they are stored; its kernels accept every layout, unpacked."""
+
 KERNELS: dict[str, Kernel] = {}
 LAYOUTS: dict[str, Layout] = {}
 

@@ -24,12 +24,12 @@ def cost(p: Problem):
     needs=[
         has_triton,
         has_feature("sm89"),
-        activations_in(torch.bfloat16, torch.float16, torch.float32),
+        activations_in(torch.bfloat16, torch.float16),  # float8 sums have 14 bits
         weight_is("channel", "none"),
         input_is("none"),
     ],
     epilogues=EPILOGUES,
-    faults=[{"dtype": torch.float64}],
+    faults=[{"dtype": torch.float32}],
 )
 def triton_fp8(scheme, x, packed, bias, epilogue):
     codes, scale, _ = scheme.input.quantize(x)

@@ -1,0 +1,328 @@
+"""The ``torch.compile`` backend: capture, passes, then Inductor on what is left."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from .capture import NAMES, from_dynamo
+from .config import DEFAULT_SCHEME, Config
+from .dump import Dump
+from .errors import (
+    CaptureFailed,
+    GradRequired,
+    NothingQuantized,
+    NotQuantized,
+    RecipeConflict,
+)
+from .graph import Layer, fetch, is_folded, layers, parameters
+from .inductor import compile_graph
+from .modules import QuantLinear
+from .passes import pipeline
+from .recipe import Recipe
+from .weights import Folded
+
+log = logging.getLogger("fxquant.backend")
+
+
+@dataclass
+class Rewritten:
+    """A graph at the lowered stage, and how to feed it.
+
+    kept: positions of the original inputs that it still takes, in order. folded: the memoized
+    submodules with the positions of the parameters each is called with; their outputs follow.
+    """
+
+    gm: fx.GraphModule
+    kept: list[int]
+    folded: list[tuple[Folded, list[int]]]
+    layers: dict[str, Layer]
+
+    def packed(self, args: Sequence[Any]) -> list[torch.Tensor]:
+        return [t for module, where in self.folded for t in module(*[args[i] for i in where])]
+
+
+def fxquant_backend(
+    gm: fx.GraphModule,
+    example_inputs: list[Any],
+    *,
+    mode: str | None = None,
+    options: Mapping[str, Any] | None = None,
+    **_: Any,
+) -> Callable[..., Any]:
+    """Quantize the linears of a Dynamo graph and compile the result with Inductor.
+
+    options: ``scheme`` or ``recipe``, ``dump_dir``, ``strict``, ``inductor``. Raises the errors of
+    Config.of, GradRequired, UnusedRule, NonFiniteWeight, and NotQuantized under ``strict``;
+    TorchDynamo wraps them in BackendCompilerFailed.
+    """
+    config = Config.of(options, mode)
+    rewritten = rewrite(gm, example_inputs, config)
+    tag = cache_tag(config)
+    if rewritten is None:
+        return compile_graph(gm, gm, example_inputs, [], config.inductor, tag)
+    inputs = [example_inputs[i] for i in rewritten.kept]
+    packed = rewritten.packed(example_inputs)
+    started = time.perf_counter()
+    compiled = compile_graph(rewritten.gm, gm, inputs, packed, config.inductor, tag)
+    log.info("Inductor took %.1f s", time.perf_counter() - started)
+    return Runner(compiled, rewritten, _watch(gm, example_inputs, config, rewritten.layers))
+
+
+class Runner:
+    """The compiled graph, fed with the packed form of whatever parameters it is called with."""
+
+    def __init__(self, compiled: Callable[..., Any], rewritten: Rewritten, watch: Watch | None):
+        self.compiled = compiled
+        self.kept = rewritten.kept
+        self.folded = rewritten.folded
+        self.watch = watch
+
+    def __call__(self, *args: Any) -> Any:
+        if self.watch is not None:
+            self.watch(args)
+        inputs = [args[i] for i in self.kept]
+        for module, where in self.folded:
+            inputs.extend(module(*[args[i] for i in where]))
+        return self.compiled(*inputs)
+
+
+class Watch:
+    """Sees when a graph is reused for other parameters whose names ask for another scheme."""
+
+    def __init__(self, recipe: Recipe, weights: list[tuple[int, Layer]], seen: tuple[int, ...]):
+        self.recipe = recipe
+        self.weights = weights
+        self.seen = {seen}
+
+    def __call__(self, args: Sequence[Any]) -> None:
+        """Raises RecipeConflict."""
+        key = tuple(id(args[i]) for i, _ in self.weights)
+        if key in self.seen:
+            return
+        names = NAMES.tensors()
+        for i, layer in self.weights:
+            name = names.get(id(args[i]), "").removesuffix(".weight") or layer.name
+            rule = self.recipe.rule_for(
+                Layer(
+                    name=name, module_type=layer.module_type, in_features=layer.in_features
+                )
+            )
+            wanted = rule.scheme if rule else None
+            compiled = (rule0 := self.recipe.rule_for(layer)) and rule0.scheme
+            if wanted != compiled:
+                raise RecipeConflict(
+                    layer=name,
+                    wanted=wanted or "no scheme",
+                    first=layer.name,
+                    compiled=compiled or "no scheme",
+                )
+        self.seen.add(key)
+
+
+def _watch(
+    gm: fx.GraphModule, inputs: Sequence[Any], config: Config, found: dict[str, Layer]
+) -> Watch | None:
+    if config.recipe is None or not config.recipe.by_name:
+        return None
+    names = NAMES.tensors()
+    weights = []
+    for i, example in enumerate(inputs):
+        if isinstance(example, torch.Tensor) and example.dim() == 2:
+            name = names.get(id(example), "").removesuffix(".weight")
+            if name in found:
+                weights.append((i, found[name]))
+    return Watch(config.recipe, weights, tuple(id(inputs[i]) for i, _ in weights))
+
+
+def rewrite(
+    gm: fx.GraphModule,
+    inputs: Sequence[Any],
+    config: Config,
+    on_layers: Callable[[dict[str, Layer]], object] = lambda found: None,
+) -> Rewritten | None:
+    """Run the pipeline on a Dynamo graph. None if it holds no linear, or cannot be captured.
+
+    ``on_layers`` is told what was decided for each layer, also where nothing is quantized.
+    """
+    try:
+        canonical = from_dynamo(gm, inputs)
+    except CaptureFailed as error:
+        if config.strict:
+            raise
+        log.warning("%s", error)
+        return None
+    dump = Dump(config.dump_dir)
+    dump.graph("captured", canonical)
+    recipe = config.recipe or _default_recipe()
+    _run_passes(canonical, recipe, config.strict, dump)
+    found = layers(canonical)
+    on_layers(found)
+    dump.manifest(canonical, {"recipe": recipe.to_json(), "strict": config.strict})
+    _report_float_layers(found, recipe, config)
+    if config.recipe is not None:
+        _check_rules(config.recipe, found)
+    if not any(layer.kernel for layer in found.values()):
+        return None
+    _refuse_gradients(canonical, inputs)
+    return lift(canonical, found)
+
+
+def _run_passes(gm: fx.GraphModule, recipe: Recipe, strict: bool, dump: Dump) -> None:
+    """A plain loop: torch.fx's PassManager would bury a named error under a nameless one."""
+    for name, one in pipeline(recipe, strict=strict):
+        started = time.perf_counter()
+        one(gm)
+        log.debug("%s: %.3f s", one, time.perf_counter() - started)
+        dump.graph(name, gm)
+
+
+def _default_recipe() -> Recipe:
+    """int8dq; nothing for a model that holds quantized modules: its other layers were left float."""
+    held = any(isinstance(m, QuantLinear) for root in NAMES.roots() for m in root.modules())
+    return Recipe(()) if held else Recipe.of(DEFAULT_SCHEME)
+
+
+def _report_float_layers(found: dict[str, Layer], recipe: Recipe, config: Config) -> None:
+    missed = []
+    for layer in found.values():
+        if layer.scheme is None:
+            rule = recipe.rule_for(layer)
+            by_choice = rule is None or rule.scheme is None
+            log.log(
+                logging.INFO if by_choice else logging.WARNING,
+                "%s stays float: %s",
+                layer.name,
+                layer.reason,
+            )
+            if not by_choice:
+                missed.append(f"{layer.name} ({layer.reason})")
+    if missed and config.strict:
+        raise NotQuantized(layers=", ".join(missed))
+
+
+def _check_rules(recipe: Recipe, found: dict[str, Layer]) -> None:
+    """A rule must decide a layer of this graph, or name a linear elsewhere in the model."""
+    recipe.check_used([*found.values(), *linears_of(NAMES.roots())])
+
+
+def linears_of(roots: Sequence[nn.Module]) -> list[Layer]:
+    """Everything in the models that owns a two-dimensional weight, as layers."""
+    found = []
+    for root in roots:
+        for name, module in root.named_modules():
+            for key, weight in module.named_parameters(recurse=False):
+                if weight.dim() == 2:
+                    path = f"{name}.{key}".lstrip(".").removesuffix(".weight")
+                    kind = f"{type(module).__module__}.{type(module).__qualname__}"
+                    out_features, in_features = weight.shape
+                    found.append(
+                        Layer(
+                            name=path,
+                            module_type=kind,
+                            in_features=in_features,
+                            out_features=out_features,
+                        )
+                    )
+    return found
+
+
+def _refuse_gradients(gm: fx.GraphModule, inputs: Sequence[Any]) -> None:
+    if not torch.is_grad_enabled():
+        return
+    names = {n.name: name for n, name in parameters(gm).items()}
+    for node, example in zip(gm.graph.find_nodes(op="placeholder"), inputs, strict=True):
+        if isinstance(example, torch.Tensor) and example.requires_grad:
+            raise GradRequired(name=names.get(node.name, node.name))
+
+
+def lift(gm: fx.GraphModule, found: dict[str, Layer]) -> Rewritten:
+    """Folded submodules become inputs, and parameters that only they read are dropped."""
+    placeholders = gm.graph.find_nodes(op="placeholder")
+    position = {node: i for i, node in enumerate(placeholders)}
+    known = parameters(gm)
+    folded: list[tuple[Folded, list[int]]] = []
+    last = placeholders[-1]
+    for node in gm.graph.find_nodes(op="call_module"):
+        assert is_folded(gm, node)
+        folded.append((fetch(gm, str(node.target)), [position[a] for a in node.args]))
+        outputs = {user.args[1]: user for user in node.users}
+        for i, val in enumerate(node.meta["val"]):
+            with gm.graph.inserting_after(last):
+                last = gm.graph.placeholder(f"folded_{len(folded) - 1}_{i}")
+            last.meta["val"] = val
+            if i in outputs:
+                outputs[i].replace_all_uses_with(last)
+                gm.graph.erase_node(outputs[i])
+        gm.graph.erase_node(node)
+        gm.delete_submodule(str(node.target))
+    kept = []
+    for i, node in enumerate(placeholders):
+        if node in known and not node.users:
+            gm.graph.erase_node(node)
+        else:
+            kept.append(i)
+    gm.graph.lint()
+    gm.recompile()
+    return Rewritten(gm, kept, folded, found)
+
+
+@lru_cache
+def _sources_hash() -> str:
+    """Of every file of fxquant that decides what is compiled."""
+    digest = hashlib.sha256(torch.__version__.encode())
+    for path in sorted(Path(__file__).parent.rglob("*")):
+        if path.suffix in (".py", ".cpp", ".h", ".json"):
+            digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def cache_tag(config: Config) -> str:
+    """What Inductor's cache must distinguish: fxquant's sources and this compile's settings."""
+    recipe = config.recipe.to_json() if config.recipe else ""
+    return f"{_sources_hash()} {recipe}"
+
+
+def compile(
+    model: nn.Module,
+    scheme: str | None = None,
+    *,
+    recipe: Any = None,
+    mode: str | None = None,
+    fullgraph: bool = False,
+    dynamic: bool | None = None,
+    dump_dir: str | None = None,
+    strict: bool = False,
+    inductor: Mapping[str, Any] | None = None,
+) -> Callable[..., Any]:
+    """``torch.compile(model, backend="fxquant")`` whose settings are checked now.
+
+    Raises UnknownScheme, InvalidRule, InvalidOption, UnknownOption; UnusedRule for a rule that
+    matches no linear of ``model``; NothingQuantized for a model without one.
+    """
+    given = {"scheme": scheme, "recipe": recipe, "dump_dir": dump_dir, "inductor": inductor}
+    options = {k: v for k, v in given.items() if v is not None} | {"strict": strict}
+    config = Config.of(options, mode)
+    NAMES.add(model)
+    present = linears_of([model])
+    if not present and not any(isinstance(m, QuantLinear) for m in model.modules()):
+        raise NothingQuantized(reasons="the model owns no two-dimensional weight")
+    if config.recipe is not None:
+        config.recipe.check_used(present)
+    if mode is not None:
+        options["inductor"] = config.inductor
+    return torch.compile(
+        model, backend="fxquant", options=options, fullgraph=fullgraph, dynamic=dynamic
+    )
+
+
+__all__ = ["Rewritten", "compile", "fxquant_backend", "rewrite"]

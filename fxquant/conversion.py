@@ -1,0 +1,114 @@
+"""quantize: a model's linears become QuantLinears, in place; their float weights are freed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from .backend import linears_of
+from .errors import (
+    AlreadyQuantized,
+    GroupSizeMismatch,
+    NonFiniteWeight,
+    NothingQuantized,
+    UnsupportedDtype,
+)
+from .graph import Layer
+from .modules import QuantLinear
+from .passes.quantization import FLOATS
+from .recipe import Recipe
+from .scheme import SCHEMES, Quantized, Scheme, get_scheme
+
+
+def quantize(model: nn.Module, recipe: Any) -> nn.Module:
+    """Quantize the linears of ``model`` in place and return it.
+
+    recipe: a scheme's name, a mapping of name patterns, rules, or a Recipe. Served are
+    ``nn.Linear`` and transformers' ``Conv1D``; tied weights stay tied. Everything is checked
+    before anything is changed: UnknownScheme, InvalidRule, UnusedRule, GroupSizeMismatch,
+    UnsupportedDtype, NonFiniteWeight, AlreadyQuantized, NothingQuantized. A model on the meta
+    device becomes a quantized one on meta, ready for ``load_state_dict(..., assign=True)``.
+    """
+    rules = Recipe.of(recipe)
+    plan = _plan(model, rules)
+    rules.check_used(linears_of([model]))
+    if not plan:
+        present = ", ".join(layer.name for layer in linears_of([model])) or "none"
+        raise NothingQuantized(reasons=f"no rule gives a scheme to a linear; linears: {present}")
+    for name, (module, scheme) in plan.items():
+        _check(name, module, scheme)
+    shared: dict[tuple[int, str], Quantized] = {}
+    for name, (module, scheme) in plan.items():
+        weight = weight_of(module)
+        key = (id(weight), scheme.name)
+        if key not in shared:
+            with torch.no_grad():
+                shared[key] = scheme.weight.quantize(weight)
+        new = QuantLinear(scheme.name, shared[key], module.bias, weight.shape[1])  # type: ignore
+        new.train(module.training)
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, new)
+    return model
+
+
+def weight_of(module: nn.Module) -> torch.Tensor:
+    """The weight of a linear as [out_features, in_features]; Conv1D holds it transposed."""
+    weight: torch.Tensor = module.weight.detach()  # type: ignore[union-attr, operator]
+    return weight.t() if _is_conv1d(module) else _parameter(module)
+
+
+def _parameter(module: nn.Module) -> torch.Tensor:
+    return module.weight  # type: ignore[return-value]
+
+
+def _is_conv1d(module: nn.Module) -> bool:
+    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return type(module).forward is nn.Linear.forward or _is_conv1d(module)
+
+
+def _plan(model: nn.Module, rules: Recipe) -> dict[str, tuple[nn.Module, Scheme]]:
+    """The linears that get a scheme, by name."""
+    found: dict[str, tuple[nn.Module, Scheme]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, QuantLinear):
+            layer = _layer(name, module, module.out_features, module.in_features)
+            rule = rules.rule_for(layer)
+            if rule is not None and rule.scheme is not None:
+                raise AlreadyQuantized(layer=name, scheme=module.scheme)
+        elif _is_linear(module):
+            if not name:
+                reason = "the model is itself a linear; wrap it, in nn.Sequential say"
+                raise NothingQuantized(reasons=reason)
+            out_features, in_features = weight_of(module).shape
+            rule = rules.rule_for(_layer(name, module, out_features, in_features))
+            if rule is not None and rule.scheme is not None:
+                found[name] = (module, get_scheme(rule.scheme))
+    return found
+
+
+def _layer(name: str, module: nn.Module, out_features: int, in_features: int) -> Layer:
+    kind = f"{type(module).__module__}.{type(module).__qualname__}"
+    return Layer(name=name, module_type=kind, out_features=out_features, in_features=in_features)
+
+
+def _check(name: str, module: nn.Module, scheme: Scheme) -> None:
+    weight = weight_of(module)
+    if weight.dtype not in FLOATS:
+        choices = ", ".join(str(d).removeprefix("torch.") for d in FLOATS)
+        raise UnsupportedDtype(layer=name, dtype=weight.dtype, choices=choices)
+    size, k = scheme.weight.group_size, weight.shape[1]
+    if size and k % size:
+        sizes = {s.weight.group_size for s in SCHEMES.values() if s.family == scheme.family}
+        fitting = sorted(s for s in sizes if s and k % s == 0)
+        choices = f"({', '.join(map(str, fitting))})" if fitting else "no known size"
+        raise GroupSizeMismatch(
+            layer=name, in_features=k, group_size=size, scheme=scheme.name, choices=choices
+        )
+    if weight.device.type != "meta" and not bool(torch.isfinite(weight).all()):
+        index = tuple(int(i) for i in (~torch.isfinite(weight)).nonzero()[0])
+        raise NonFiniteWeight(layer=name, value=float(weight[index]), index=index)

@@ -1,0 +1,166 @@
+"""The only importer of private torch APIs (checked on 2.11, 2.13 and 2.15)."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+from torch._dynamo.source import ConstantSource
+from torch._guards import TracingContext, tracing
+from torch._inductor import list_mode_options
+from torch._inductor import config as inductor_config
+from torch._inductor.compile_fx import compile_fx
+from torch._inductor.custom_graph_pass import CustomGraphPass
+from torch._logging import trace_structured
+from torch._ops import HigherOrderOperator
+from torch._subclasses import FakeTensor, FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._pytree import tree_leaves, tree_map
+
+__all__ = [
+    "FakeTensor",
+    "FakeTensorMode",
+    "HigherOrderOperator",
+    "compile_graph",
+    "emit_artifact",
+    "example_values",
+    "inductor_options",
+    "is_persistent",
+    "mode_options",
+    "nbytes",
+    "retrace",
+    "source_name",
+    "trace_function",
+    "tree_leaves",
+    "tree_map",
+]
+
+
+class _KeepMeta(fx.Interpreter):
+    """Runs a graph so that the nodes traced from a node inherit its provenance."""
+
+    def run_node(self, n: fx.Node) -> Any:
+        with fx.traceback.set_current_meta(n):
+            return super().run_node(n)
+
+
+def example_values(gm: fx.GraphModule) -> list[Any]:
+    """The fake inputs that Dynamo traced ``gm`` with."""
+    found = []
+    for node in gm.graph.find_nodes(op="placeholder"):
+        found.append(node.meta.get("example_value", node.meta.get("val")))
+    return found
+
+
+def _mode_of(values: Sequence[Any]) -> Any:
+    fakes = (v for v in tree_leaves(values) if isinstance(v, FakeTensor))
+    return next((v.fake_mode for v in fakes), None)
+
+
+def retrace(gm: fx.GraphModule, values: Sequence[Any]) -> fx.GraphModule:
+    """``gm`` as pre-dispatch ATen ops, in which linear, conv and the norms are still whole."""
+    mode = _mode_of(values) or FakeTensorMode()
+    trace = make_fx(
+        _KeepMeta(gm).run, pre_dispatch=True, tracing_mode="real", _allow_non_fake_inputs=True
+    )
+    with mode, tracing(None), fx.traceback.preserve_node_meta():
+        return trace(*values)
+
+
+def trace_function(function: Callable, *values: Any) -> fx.GraphModule:
+    """The ATen graph of ``function`` at these (fake) values; constants are not allowed in."""
+    mode = _mode_of(values)
+    assert mode is not None, "trace_function needs fake values"
+    with mode, tracing(None), torch.no_grad():
+        return make_fx(
+            function, pre_dispatch=True, tracing_mode="real", _allow_non_fake_inputs=True
+        )(*values)
+
+
+def source_name(node: fx.Node) -> str:
+    """Where Dynamo found a placeholder, as an expression: ``L['self']._modules['fc']...``."""
+    source = getattr(node, "_dynamo_source", None)
+    if source is None:
+        return ""
+    name = source.name
+    return name() if callable(name) else name  # a method until 2.9
+
+
+def is_persistent(node: fx.Node, example: Any) -> bool:
+    """Is this placeholder a parameter or a buffer (and not data of one call)?"""
+    if isinstance(example, torch.nn.Parameter):
+        return True
+    tensor_dict = node.meta.get("tensor_dict") or {}
+    if not isinstance(example, torch.Tensor) or "_dynamo_static_input_type" not in tensor_dict:
+        return False
+    return bool(re.search(r"\._(buffers|parameters)\[", source_name(node)))
+
+
+def nbytes(tensor: torch.Tensor) -> int:
+    """Bytes that ``tensor`` holds, oneDNN's opaque layout included."""
+    if tensor.is_mkldnn:
+        return int(torch.ops.mkldnn._nbytes(tensor))
+    return tensor.numel() * tensor.element_size()
+
+
+def mode_options(mode: str | None) -> dict[str, Any]:
+    """Inductor's settings behind ``torch.compile(mode=...)``."""
+    if mode in (None, "default"):
+        return {}
+    return dict(list_mode_options(mode))
+
+
+def inductor_options() -> frozenset[str]:
+    """Every setting that ``options["inductor"]`` may name."""
+    return frozenset(inductor_config.get_config_copy())
+
+
+class _CacheTag(CustomGraphPass):
+    """Changes nothing: its uuid puts fxquant's sources and configuration into Inductor's cache key."""
+
+    def __init__(self, tag: str):
+        self.tag = tag
+
+    def __call__(self, graph: fx.Graph) -> None:
+        return None
+
+    def uuid(self) -> str:
+        return self.tag
+
+
+def compile_graph(
+    gm: fx.GraphModule,
+    origin: fx.GraphModule,
+    inputs: Sequence[Any],
+    packed: Sequence[torch.Tensor],
+    patches: dict[str, Any],
+    tag: str,
+) -> Callable[..., Any]:
+    """Compile ``gm`` with Inductor. Its last placeholders take ``packed``, marked as static.
+
+    ``origin`` is the Dynamo graph that ``gm`` was made from: what AOTAutograd looks up on a graph
+    from Dynamo is carried over.
+    """
+    patches = {"post_grad_custom_pre_pass": _CacheTag(tag), **patches}
+    gm.meta.update({k: copy.copy(v) for k, v in origin.meta.items() if k not in gm.meta})
+    if hasattr(origin, "_param_name_to_source"):
+        gm._param_name_to_source = {}  # every parameter is a placeholder
+    context = TracingContext.try_get()
+    mode = getattr(context, "fake_mode", None) or _mode_of([n.meta.get("val") for n in gm.graph.nodes])
+    static = [mode.from_tensor(t, static_shapes=True) if mode else t for t in packed]
+    placeholders = gm.graph.find_nodes(op="placeholder")
+    for i, node in enumerate(placeholders[len(placeholders) - len(packed) :]):
+        node._dynamo_source = ConstantSource(f"fxquant_packed_{i}")
+        node.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
+    return compile_fx(gm, [*inputs, *static], config_patches=patches)
+
+
+def emit_artifact(name: str, text: Callable[[], str]) -> None:
+    """A named text in torch's structured trace (``TORCH_TRACE``), for tlparse."""
+    trace_structured(
+        "artifact", metadata_fn=lambda: {"name": name, "encoding": "string"}, payload_fn=text
+    )

@@ -1,0 +1,50 @@
+"""dequantize: any scheme, any device, any layout: the weight in the activations' dtype, then linear.
+
+The last candidate of every scheme. Inductor fuses the unpacking into one loop; at many rows the
+product dominates and this is the float linear plus one pass over the weight.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from ..scheme import Quantized
+from .cost import roofline
+from .kernel import CANONICAL, Layout, Problem, kernel
+
+
+def _identity_pack(scheme, q: Quantized) -> list[torch.Tensor]:
+    return [t for t in q if t is not None]
+
+
+def _identity_unpack(scheme, packed, n: int, k: int) -> Quantized:
+    return Quantized(packed[0], packed[1], packed[2] if len(packed) > 2 else None)
+
+
+LAYOUT = Layout(name=CANONICAL, pack=_identity_pack, unpack=_identity_unpack)
+
+UNPACK = 8
+"""Bytes' worth of time that unpacking and writing one weight costs."""
+
+
+def _cost(problem: Problem):
+    weights = problem.n * problem.k
+    operand = "float32" if problem.dtype == torch.float32 else "bfloat16"
+    return roofline(problem, weight_bytes=UNPACK * weights, operations=operand) + (
+        0 if problem.device.type == "cuda" else 4 * weights / problem.device.peak["float32"]
+    )
+
+
+@kernel(
+    families=("w8a8", "w4a8", "w8a16", "w4a16", "w2a16", "wf8a16", "wf8af8"),
+    device="any",
+    layout=LAYOUT,
+    cost=_cost,
+)
+def dequantize(scheme, x, packed, bias, epilogue):
+    """``x @ dequantize(packed).T + bias``; dynamic activations are quantized and dequantized."""
+    if scheme.input is not None:
+        x = scheme.input.dequantize(scheme.input.quantize(x), x.dtype)
+    w = scheme.weight.dequantize(_identity_unpack(scheme, packed, 0, 0), x.dtype)
+    return F.linear(x, w, bias)

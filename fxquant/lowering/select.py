@@ -1,0 +1,83 @@
+"""Which kernel computes a linear: the declared needs first, then cost, then measured tables."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+
+from .cost import _compiled, crossovers
+from .kernel import CANONICAL, KERNELS, LAYOUTS, Kernel, Layout, Problem
+
+TYPICAL_ROWS = (1, 16, 256, 2048)
+"""A layout is chosen once for a layer: the one whose kernels take least time over these."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The kernels for one linear: ``steps`` are (kernel, first M); ``refused`` says why not others."""
+
+    layout: Layout
+    steps: tuple[tuple[Kernel, int], ...]
+    refused: dict[str, str]
+
+    def at(self, rows: int) -> Kernel:
+        """The kernel for this number of rows."""
+        return next(k for k, first in reversed(self.steps) if rows >= first)
+
+    @property
+    def plan(self) -> str:
+        """The steps as ``fxquant.dispatch`` reads them: ``a<17;b``."""
+        limits = [first for _, first in self.steps[1:]]
+        names = [kernel.name for kernel, _ in self.steps]
+        return ";".join([*(f"{n}<{m}" for n, m in zip(names, limits, strict=False)), names[-1]])
+
+
+def select(problem: Problem) -> Choice:
+    """The layout and kernels for ``problem``; ``problem.m`` is not looked at.
+
+    All kernels of a choice share a layout, so that prefill and decode share one packed weight.
+    """
+    whole = replace(problem, m=None)
+    reasons = {k.name: k.refusal(whole) for k in KERNELS.values()}
+    usable = [k for k in KERNELS.values() if reasons[k.name] is None]
+    refused = {name: why for name, why in reasons.items() if why}
+    by_layout: dict[str, list[Kernel]] = {}
+    for kernel in usable:
+        by_layout.setdefault(kernel.layout.name, []).append(kernel)
+    if tuned := _tuned(problem, usable):
+        kernels = [k for k, _ in tuned]
+        return Choice(kernels[0].layout, tuple(tuned), refused | _not_chosen(usable, kernels))
+    for name, kernels in by_layout.items():  # the fallback unpacks any layout
+        kernels.extend(k for k in by_layout.get(CANONICAL, []) if name != CANONICAL)
+    total = {
+        name: sum(min(_compiled(k.cost(whole))(m) for k in kernels) for m in TYPICAL_ROWS)
+        for name, kernels in by_layout.items()
+    }
+    layout = min(total, key=total.__getitem__)
+    kernels = by_layout[layout]
+    steps = [(kernels[i], first) for i, first in crossovers([k.cost(whole) for k in kernels])]
+    chosen = [k for k, _ in steps]
+    return Choice(LAYOUTS[layout], tuple(steps), refused | _not_chosen(usable, chosen))
+
+
+def _not_chosen(usable: list[Kernel], chosen: list[Kernel]) -> dict[str, str]:
+    return {k.name: "slower by the cost model" for k in usable if k not in chosen}
+
+
+def _tuned(problem: Problem, usable: list[Kernel]) -> list[tuple[Kernel, int]]:
+    """The measured steps for this shape, if every kernel of them can be used here."""
+    key = f"{problem.scheme.name} {problem.n}x{problem.k}"
+    steps = tuned_table(problem.device.name).get(key, [])
+    known = {k.name: k for k in usable}
+    if not steps or any(name not in known for name, _ in steps):
+        return []
+    return [(known[name], first) for name, first in steps]
+
+
+@lru_cache
+def tuned_table(device: str) -> dict[str, list[tuple[str, int]]]:
+    """``tuned/<device>.json``: ``{"<scheme> <n>x<k>": [[kernel, first M], ...]}``."""
+    path = Path(__file__).parent / "tuned" / f"{device.replace(' ', '_')}.json"
+    return json.loads(path.read_text()) if path.is_file() else {}

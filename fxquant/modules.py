@@ -1,0 +1,161 @@
+"""QuantLinear: the holder of canonical codes and qparams of a linear."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from . import ops as _ops  # noqa: F401  defines fxquant::linear
+from .errors import ShapeMismatch
+from .scheme import Quantized, Scheme, get_scheme
+from .weights import RESIDENTS
+
+CANONICAL = ("codes", "scale", "zero")
+
+
+class QuantLinear(nn.Module):
+    """``y = x @ dequantize(codes, scale, zero).T + bias`` in the arithmetic of its scheme.
+
+    codes [N, K] (sub-byte ones packed along K), scale [N, K / block], zero like scale or None;
+    bias [N] or None. Once a compiled graph holds the packed weight, the canonical tensors give up
+    their memory; they are rebuilt when something reads them: ``codes``, ``scale``, ``zero``,
+    ``state_dict()``, ``to()``, copying, running eagerly.
+    """
+
+    _codes: torch.Tensor
+    _scale: torch.Tensor
+    _zero: torch.Tensor | None
+
+    def __init__(self, scheme: str, q: Quantized, bias: torch.Tensor | None, in_features: int):
+        super().__init__()
+        self.scheme = scheme
+        self.in_features = in_features
+        self.out_features = q.codes.shape[0]
+        for name, tensor in zip(CANONICAL, q, strict=True):
+            self.register_buffer(f"_{name}", tensor)
+        self.bias = bias if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+        self._watch()
+
+    @classmethod
+    def from_float(cls, linear: nn.Module, scheme: str) -> QuantLinear:
+        """Quantize ``linear.weight`` [N, K]. On the meta device the result is on meta too."""
+        row = get_scheme(scheme)
+        weight = linear.weight.detach()  # type: ignore[union-attr, operator]
+        return cls(row.name, row.weight.quantize(weight), linear.bias, weight.shape[1])  # type: ignore
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not torch.compiler.is_compiling():
+            self._restore()
+        return torch.ops.fxquant.linear(
+            x, self._codes, self._scale, self._zero, self.bias, self.scheme, ""
+        )
+
+    @property
+    def codes(self) -> torch.Tensor:
+        """Canonical codes, a copy."""
+        return self.canonical().codes
+
+    @property
+    def scale(self) -> torch.Tensor:
+        return self.canonical().scale
+
+    @property
+    def zero(self) -> torch.Tensor | None:
+        return self.canonical().zero
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The dequantized weight [N, K] in the bias's dtype, or float32; computed at each read."""
+        dtype = torch.float32 if self.bias is None else self.bias.dtype
+        return self.row.weight.dequantize(self.canonical(), dtype)
+
+    @property
+    def row(self) -> Scheme:
+        return get_scheme(self.scheme)
+
+    def canonical(self) -> Quantized:
+        """Copies of the canonical tensors, wherever their content is held at present."""
+        self._restore()
+        return Quantized(*(None if t is None else t.clone() for t in self._tensors()))  # type: ignore
+
+    def _tensors(self) -> list[torch.Tensor | None]:
+        return [self._buffers[f"_{name}"] for name in CANONICAL]
+
+    def _restore(self) -> None:
+        for tensor in self._tensors():
+            if tensor is not None:
+                RESIDENTS.restore(tensor)
+
+    def _watch(self) -> None:
+        for tensor in self._tensors():
+            if tensor is not None and tensor.device.type != "meta":
+                RESIDENTS.evictable(tensor)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> QuantLinear:
+        """Moves between devices; dtypes of codes and qparams belong to the scheme and stay."""
+        self._restore()
+        kept = self._tensors()
+        super()._apply(fn, recurse)
+        for name, old in zip(CANONICAL, kept, strict=True):
+            new = self._buffers[f"_{name}"]
+            if old is not None and new is not None and new.dtype != old.dtype:
+                self._buffers[f"_{name}"] = old.to(new.device)
+        self._watch()
+        return self
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        for name, tensor in zip(CANONICAL, self.canonical(), strict=True):
+            if tensor is not None:
+                destination[prefix + name] = tensor
+        if self.bias is not None:
+            destination[prefix + "bias"] = self.bias if keep_vars else self.bias.detach()
+
+    def _load_from_state_dict(
+        self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors
+    ):
+        """Own copies of the tensors are kept, with ``assign`` too: their memory may be given up."""
+        self._restore()
+        for name, tensor in zip(CANONICAL, self._tensors(), strict=True):
+            if tensor is None:
+                continue
+            given = state_dict.get(prefix + name)
+            if given is None:
+                if strict:
+                    missing.append(prefix + name)
+            elif given.shape != tensor.shape or given.dtype != tensor.dtype:
+                expected = f"{list(tensor.shape)} {tensor.dtype}"
+                found = f"{list(given.shape)} {given.dtype}"
+                errors.append(str(ShapeMismatch(what=prefix + name, found=found, expected=expected)))
+            elif tensor.device.type == "meta" or local_metadata.get("assign_to_params_buffers"):
+                self._buffers[f"_{name}"] = given.detach().clone()
+            else:
+                with torch.no_grad():
+                    tensor.copy_(given)
+        if self.bias is not None:
+            key, bias = prefix + "bias", self.bias
+            if key not in state_dict:
+                if strict:
+                    missing.append(key)
+            elif bias.device.type == "meta" or local_metadata.get("assign_to_params_buffers"):
+                self.bias = nn.Parameter(state_dict[key].detach(), requires_grad=False)
+            else:
+                with torch.no_grad():
+                    bias.copy_(state_dict[key])
+        if strict:
+            known = {prefix + n for n in (*CANONICAL, "bias")}
+            unexpected.extend(k for k in state_dict if k.startswith(prefix) and k not in known)
+        self._watch()
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._restore()
+        return self.__dict__.copy()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._watch()
+
+    def extra_repr(self) -> str:
+        bias = self.bias is not None
+        return f"{self.in_features}, {self.out_features}, bias={bias}, scheme={self.scheme!r}"

@@ -1,0 +1,112 @@
+"""The ``fxquant::`` op library: schemas, fakes and reference implementations.
+
+The reference computes in float32 (float64 for float64 activations) and is the meaning of every
+later stage. Ops name their scheme by string, so that a graph can be printed, diffed and cached.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+
+from . import observers
+from .scheme import Quantized, QuantSpec, get_scheme
+
+LIBRARY = torch.library.Library("fxquant", "DEF")
+
+ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "": lambda y: y,
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda y: F.gelu(y, approximate="tanh"),
+    "silu": F.silu,
+}
+
+
+def define(schema: str) -> Callable[[Callable], Callable]:
+    """Define an op whose reference is traceable, so that it is its own fake as well."""
+    name = schema[: schema.index("(")]
+
+    def register(reference: Callable) -> Callable:
+        LIBRARY.define(schema)
+        LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"fxquant::{name}", reference, lib=LIBRARY)
+        return reference
+
+    return register
+
+
+def spec_of(scheme: str, role: str) -> QuantSpec:
+    """The QuantSpec of ``role`` ("weight" or "input") in ``scheme``."""
+    spec = getattr(get_scheme(scheme), role)
+    assert isinstance(spec, QuantSpec), f"{scheme} does not quantize its {role}"
+    return spec
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def bundle(tensors: Sequence[torch.Tensor]) -> Quantized:
+    """(codes, scale[, zero]) as a Quantized."""
+    return Quantized(tensors[0], tensors[1], tensors[2] if len(tensors) > 2 else None)
+
+
+@define("quantize(Tensor x, str scheme, str role) -> Tensor[]")
+def quantize(x: torch.Tensor, scheme: str, role: str) -> list[torch.Tensor]:
+    """Codes, scale and, for formats that have one, zero point of ``x``."""
+    return [t for t in spec_of(scheme, role).quantize(x) if t is not None]
+
+
+@define(
+    "dequantize(Tensor codes, Tensor scale, Tensor? zero, str scheme, str role, ScalarType dtype)"
+    " -> Tensor"
+)
+def dequantize(
+    codes: torch.Tensor,
+    scale: torch.Tensor,
+    zero: torch.Tensor | None,
+    scheme: str,
+    role: str,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    return spec_of(scheme, role).dequantize(Quantized(codes, scale, zero), dtype)
+
+
+@define(
+    "linear(Tensor x, Tensor codes, Tensor scale, Tensor? zero, Tensor? bias, str scheme,"
+    " str epilogue) -> Tensor"
+)
+def linear(
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    scale: torch.Tensor,
+    zero: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    scheme: str,
+    epilogue: str,
+) -> torch.Tensor:
+    """``activation(dequantize(quantize(x)) @ dequantize(codes).T + bias)``, rounded once to x.dtype."""
+    row = get_scheme(scheme)
+    wide = compute_dtype(x.dtype)
+    if row.input is not None:
+        x_wide = row.input.dequantize(row.input.quantize(x), wide)
+    else:
+        x_wide = x.to(wide)
+    w = row.weight.dequantize(Quantized(codes, scale, zero), wide)
+    y = F.linear(x_wide, w, None if bias is None else bias.to(wide))
+    return ACTIVATIONS[epilogue](y).to(x.dtype)
+
+
+@define("observe(Tensor x, str name) -> Tensor")
+def observe(x: torch.Tensor, name: str) -> torch.Tensor:
+    """A copy of ``x``; running it updates the observer called ``name``."""
+    observers.update(name, x)
+    return x.clone()
+
+
+@torch.library.register_fake("fxquant::observe", lib=LIBRARY, allow_override=True)
+def _observe_fake(x, name):
+    return torch.empty_like(x)

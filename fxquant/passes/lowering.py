@@ -1,0 +1,131 @@
+"""lower: each ``fxquant.linear`` becomes the chosen kernel on packed weights."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch import fx
+
+from ..errors import NoKernel
+from ..graph import Layer, constants, emit, inline, layer_of, layers, note, replace, value
+from ..inductor import trace_function
+from ..lowering.devices import device_row
+from ..lowering.dispatch import run_kernel
+from ..lowering.kernel import Problem
+from ..lowering.select import Choice, select
+from ..scheme import get_scheme
+from .base import Pass
+from .folding import fold
+
+aten = torch.ops.aten
+ops = torch.ops.fxquant
+FALLBACK = "dequantize"
+
+
+def lower(*, strict: bool = False) -> Pass:
+    """The pass that picks kernels. With ``strict``, falling back to ``dequantize`` at every number
+    of rows raises NoKernel, which lists why each kernel refused.
+    """
+
+    def rewrite(gm: fx.GraphModule) -> bool:
+        constant = constants(gm)
+        packed: dict[Any, list[fx.Node]] = {}
+        nodes = gm.graph.find_nodes(op="call_function", target=ops.linear.default)
+        for node in nodes:
+            if node.args[1] in constant:
+                _lower_one(gm, node, packed, strict)
+        if not gm.meta.get("fxquant_body"):
+            fold(gm)
+        return bool(nodes)
+
+    return Pass(rewrite, requires=("fused",), ensures="lowered", name="lower")
+
+
+def problem_of(node: fx.Node) -> Problem:
+    """What has to be computed, from the values at a ``fxquant.linear`` node."""
+    x, codes, _, _, bias, scheme, _ = node.args
+    row = get_scheme(str(scheme))
+    rows = value(x).numel() // value(x).shape[-1]
+    return Problem(
+        scheme=row,
+        n=int(value(codes).shape[0]),
+        k=int(value(x).shape[-1]),
+        m=rows if isinstance(rows, int) else None,
+        dtype=value(x).dtype,
+        bias=bias is not None,
+        device=device_row(value(x).device),
+    )
+
+
+def _lower_one(gm: fx.GraphModule, node: fx.Node, packed: dict[Any, list], strict: bool) -> None:
+    x, codes, scale, zero, bias, scheme, epilogue = node.args
+    problem = problem_of(node)
+    choice = select(problem)
+    _report(gm, node, problem, choice)
+    if strict and {k.name for k, _ in choice.steps} == {FALLBACK}:
+        reasons = "; ".join(f"{name}: {why}" for name, why in choice.refused.items())
+        raise NoKernel(layer=layer_of(node), used=FALLBACK, reasons=reasons)
+    graph = gm.graph
+    with graph.inserting_before(node):
+        key = (codes, choice.layout.name)
+        if key not in packed:
+            args = (codes, scale, zero, scheme, choice.layout.name)
+            bundle = emit(graph, node, ops.pack.default, *args)
+            packed[key] = [
+                emit(graph, node, operator.getitem, bundle, i) for i in range(len(value(bundle)))
+            ]
+        rows = emit(graph, node, aten.reshape.default, x, [-1, problem.k])
+        result = _call(graph, node, choice, problem, rows, packed[key], bias, str(epilogue))
+        shape = [*_sizes(graph, node, x), problem.n]
+        out = emit(graph, node, aten.reshape.default, result, shape)
+    replace(node, out)
+
+
+def _sizes(graph: fx.Graph, like: fx.Node, x: Any) -> list[Any]:
+    """The leading sizes of ``x``; symbolic ones as nodes."""
+    return [
+        size if isinstance(size, int) else emit(graph, like, aten.sym_size.int, x, i)
+        for i, size in enumerate(value(x).shape[:-1])
+    ]
+
+
+def _call(
+    graph: fx.Graph,
+    node: fx.Node,
+    choice: Choice,
+    problem: Problem,
+    x: fx.Node,
+    packed: list[fx.Node],
+    bias: Any,
+    epilogue: str,
+) -> Any:
+    """The kernel's own nodes where one is chosen, for Inductor to fuse; else ``dispatch``."""
+    name, layout = problem.scheme.name, choice.layout.name
+    if problem.m is None and len(choice.steps) > 1:
+        args = (x, packed, bias, name, layout, choice.plan, epilogue, problem.n)
+        return emit(graph, node, ops.dispatch.default, *args)
+    kernel = choice.at(problem.m or 0)
+
+    def compute(x: torch.Tensor, *rest: torch.Tensor) -> torch.Tensor:
+        weights, bias = rest[: len(packed)], rest[len(packed)] if len(rest) > len(packed) else None
+        row = problem.scheme
+        return run_kernel(kernel.name, row, layout, x, weights, bias, epilogue, problem.n)
+
+    args = [x, *packed] + ([bias] if bias is not None else [])
+    body = trace_function(compute, *(value(a) for a in args))
+    return inline(graph, node, body, args)
+
+
+def _report(gm: fx.GraphModule, node: fx.Node, problem: Problem, choice: Choice) -> None:
+    name = layer_of(node)
+    kernel = choice.plan if problem.m is None else choice.at(problem.m).name
+    for member in note(node).get("members", (name,)):
+        layer = layers(gm).setdefault(
+            member, Layer(name=member, in_features=problem.k, out_features=problem.n)
+        )
+        layer.scheme = problem.scheme.name
+        layer.kernel = kernel
+        layer.rows = str(problem.m if problem.m is not None else "dynamic")
+        layer.refused = dict(choice.refused)

@@ -1,0 +1,109 @@
+"""normalize: every spelling of a linear becomes ``aten.linear``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from ..capture import name_layer
+from ..graph import Layer, constants, emit, layers, note, replace, value
+from .base import rewrites
+
+aten = torch.ops.aten
+
+TRANSPOSES = (aten.t.default, aten.numpy_T.default, aten.mT.default, aten.adjoint.default)
+PRODUCTS = (aten.matmul.default, aten.mm.default, aten.addmm.default)
+
+
+@rewrites("captured", "float", ensures="float")
+def normalize(gm: fx.GraphModule) -> bool:
+    """``matmul``, ``mm`` and ``addmm`` with a constant matrix become ``aten.linear``, and every
+    linear is entered in the graph's list of layers under its name in the user's model.
+
+    The casts that autocast would make are written out, so that what follows need not know of it.
+    """
+    changed = False
+    constant = constants(gm)
+    for node in list(gm.graph.nodes):
+        if node.op != "call_function":
+            continue
+        if node.target in PRODUCTS:
+            node = _product_to_linear(gm, node, constant)
+            changed |= node is not None
+        if node is not None and node.target is aten.linear.default:
+            changed |= _explicit_casts(gm, node)
+            _register(gm, node, constants(gm) if changed else constant)
+    return changed
+
+
+def _product_to_linear(gm: fx.GraphModule, node: fx.Node, constant: Any) -> fx.Node | None:
+    bias, (x, matrix) = None, node.args[-2:]
+    if node.target is aten.addmm.default:
+        if any(node.kwargs.get(k, 1) != 1 for k in ("alpha", "beta")):
+            return None
+        bias = node.args[0]
+        if value(bias).dim() != 1 or value(bias).shape[0] != value(node).shape[-1]:
+            return None
+    if not isinstance(x, fx.Node) or x in constant:
+        return None
+    if matrix not in constant or value(matrix).dim() != 2 or value(x).dim() < 2:
+        return None
+    with gm.graph.inserting_before(node):
+        weight = _transposed(gm.graph, node, matrix)
+        new = emit(gm.graph, node, aten.linear.default, x, weight, bias)
+    new.meta["val"] = value(node)
+    replace(node, new)
+    return new
+
+
+def _transposed(graph: fx.Graph, like: fx.Node, matrix: fx.Node) -> fx.Node:
+    if _is_transpose(matrix):
+        return matrix.args[0]  # type: ignore[return-value]
+    return emit(graph, like, aten.t.default, matrix)
+
+
+def _is_transpose(node: fx.Node) -> bool:
+    if node.target in TRANSPOSES:
+        return value(node).dim() == 2
+    if node.target is aten.transpose.int:
+        return value(node).dim() == 2 and {d % 2 for d in node.args[1:3]} == {0, 1}  # type: ignore
+    return node.target is aten.permute.default and [d % 2 for d in node.args[1]] == [1, 0]  # type: ignore
+
+
+def _explicit_casts(gm: fx.GraphModule, node: fx.Node) -> bool:
+    """Under autocast a float32 linear computes in bfloat16: say so in the graph."""
+    dtype = value(node).dtype
+    if all(value(a) is None or value(a).dtype == dtype for a in node.args):
+        return False
+    with gm.graph.inserting_before(node):
+        args = [
+            a
+            if a is None or value(a).dtype == dtype
+            else emit(gm.graph, node, aten.to.dtype, a, dtype)
+            for a in node.args
+        ]
+    node.args = tuple(args)
+    return True
+
+
+def _register(gm: fx.GraphModule, node: fx.Node, constant: dict[fx.Node, frozenset[str]]) -> None:
+    x, weight = node.args[:2]
+    name = name_layer(gm, node, constant.get(weight, frozenset()))  # type: ignore[arg-type]
+    known = layers(gm)
+    if name in known:
+        known[name].uses += 1
+    else:
+        n, k = value(weight).shape[-2:] if value(weight).dim() > 1 else (1, value(weight).shape[0])
+        known[name] = Layer(
+            name=name,
+            module_type=note(node).get("type", ""),
+            in_features=int(k),
+            out_features=int(n),
+            dtype=str(value(weight).dtype).removeprefix("torch."),
+            rows=str(value(x).numel() // value(x).shape[-1]) if value(x).shape[-1] else "0",
+        )
+    note(node)["layer"] = name
+    if weight not in constant:
+        known[name].reason = "its weight is not a parameter or a buffer"

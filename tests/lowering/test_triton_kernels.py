@@ -1,0 +1,255 @@
+"""The CUDA kernels: on a GPU where there is one, else Triton's under its interpreter on the CPU.
+
+On the CPU the shapes are small and each (kernel, scheme, rows) meets one shape, type and bias in
+turn; on a GPU it meets them all, and larger ones.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+
+import torch
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+if DEVICE == "cpu":
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+import pytest  # noqa: E402
+from torch.fx.experimental.proxy_tensor import make_fx  # noqa: E402
+
+import fxquant.lowering  # noqa: E402, F401
+from fxquant.lowering import triton_launch  # noqa: E402
+from fxquant.lowering.kernel import KERNELS, Device, Kernel, Problem  # noqa: E402
+from fxquant.ops import ACTIVATIONS  # noqa: E402
+from fxquant.scheme import Quantized, get_scheme  # noqa: E402
+from tests import oracles  # noqa: E402
+
+assert DEVICE == "cuda" or triton_launch.INTERPRET, (
+    "fxquant was imported before this file could set TRITON_INTERPRET=1: set it earlier"
+)
+
+HOPPER = Device(
+    name="H200",
+    type="cuda",
+    bandwidth=4.8e12,
+    peak={"float32": 67e12, "bfloat16": 989e12, "int8": 1979e12, "float8": 1979e12},
+    launch=3e-6,
+    features=frozenset({"sm80", "sm89", "sm90"}),
+    units=132,
+)
+TRITON = [
+    ("triton_w8a8", "int8dq"),
+    ("triton_w8a16", "int8wo"),
+    ("triton_wf8a16", "fp8wo"),
+    ("triton_fp8", "fp8dq"),
+    ("triton_w4a16", "int4wo-32"),
+    ("triton_w4a16", "int4wo-64-sym"),
+    ("triton_w4a16", "int4wo-128"),
+    ("triton_w4a16", "int4wo-256-sym"),
+    ("triton_w4a16", "int2wo-32"),
+    ("triton_w4a16", "int2wo-64"),
+    ("triton_w4a8", "8da4w-32"),
+    ("triton_w4a8", "8da4w-64"),
+    ("triton_w4a8", "8da4w-256"),
+]
+ATEN = [("int_mm", "int8dq")]
+if DEVICE == "cuda":  # torch has these for CUDA alone
+    ATEN += [("tinygemm", "int4wo-32"), ("tinygemm", "int4wo-128-sym"), ("scaled_mm", "fp8dq")]
+CASES = TRITON + ATEN
+ROWS = (0, 1, 2, 7, 16, 17, 64, 129, 300)
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def problem(scheme: str, m: int | None, n: int, k: int, dtype: torch.dtype) -> Problem:
+    return Problem(
+        scheme=get_scheme(scheme), n=n, k=k, m=m, dtype=dtype, bias=False, device=HOPPER
+    )
+
+
+def shapes(scheme: str) -> list[tuple[int, int]]:
+    """(N, K): odd, prime, single, divisible by every tile, one step and many."""
+    group = get_scheme(scheme).weight.group_size
+    if group:
+        small = [(37, group), (64, 2 * group), (19, 3 * group), (1, group)]
+        return small + ([(1000, 1024), (131, 3840), (2560, 2560)] if DEVICE == "cuda" else [])
+    small = [(37, 101), (64, 512), (19, 331), (1, 48), (136, 80)]
+    return small + ([(1000, 1024), (131, 3841), (2560, 4864)] if DEVICE == "cuda" else [])
+
+
+def problems(kernel: Kernel, scheme: str, m: int) -> list[tuple[int, int, torch.dtype, bool]]:
+    """The (n, k, dtype, bias) that the kernel takes for ``m`` rows: all, or on the CPU a few."""
+    every = [
+        (n, k, dtype, bias)
+        for (n, k), dtype, bias in itertools.product(shapes(scheme), DTYPES, (True, False))
+        if kernel.refusal(problem(scheme, m, n, k, dtype)) is None
+    ]
+    return every if DEVICE == "cuda" else every[m % 5 :: 5]
+
+
+@pytest.mark.parametrize("m", ROWS)
+@pytest.mark.parametrize(("name", "scheme"), CASES)
+def test_exact(name: str, scheme: str, m: int) -> None:
+    for n, k, dtype, bias in problems(KERNELS[name], scheme, m):
+        if DEVICE == "cuda" and scheme == "fp8dq":
+            narrow_float8_probe(name, m, n, k, dtype)
+        elif name == "tinygemm":  # it rounds to bfloat16 before the bias: exact without one
+            oracles.exact_probe(name, scheme, m, n, k, dtype, False, DEVICE)
+        else:
+            oracles.exact_probe(name, scheme, m, n, k, dtype, bias, DEVICE)
+
+
+def narrow_float8_probe(name: str, m: int, n: int, k: int, dtype: torch.dtype) -> None:
+    """As the exact probe, with sums that fit the 14 bits in which Hopper adds float8 products.
+
+    At most 64 values of a row differ from zero, one of them 448, so that its scale is one.
+    """
+    g = torch.Generator().manual_seed(m + n + k)
+    x = torch.randint(-2, 3, (m, k), generator=g).float()
+    x[:, 64:] = 0
+    x[:, 0] = 448
+    codes = torch.randint(-4, 5, (n, k), generator=g).float().to(torch.float8_e4m3fn)
+    scale = 2.0 ** torch.randint(-3, 3, (n, 1), generator=g)
+    sample = oracles.Sample(get_scheme("fp8dq"), x.to(dtype), Quantized(codes, scale, None), None)
+    y = oracles.run(name, sample.to(DEVICE)).cpu()
+    oracles.assert_equal(y, oracles.reference(sample).float().to(dtype), f"{name} {m}x{n}x{k}")
+
+
+@pytest.mark.parametrize("m", ROWS)
+@pytest.mark.parametrize(("name", "scheme"), CASES)
+def test_bound(name: str, scheme: str, m: int) -> None:
+    for n, k, dtype, bias in problems(KERNELS[name], scheme, m):
+        oracles.elementwise_bound(name, scheme, m, n, k, dtype, bias, DEVICE)
+
+
+@pytest.mark.parametrize("epilogue", [e for e in ACTIVATIONS if e])
+@pytest.mark.parametrize(("name", "scheme"), [TRITON[0], TRITON[1], TRITON[5], TRITON[10]])
+def test_epilogue(name: str, scheme: str, epilogue: str) -> None:
+    assert epilogue in KERNELS[name].epilogues
+    _, k = shapes(scheme)[1]
+    for dtype in (torch.bfloat16, torch.float16):
+        oracles.elementwise_bound(name, scheme, 18, 37, k, dtype, True, DEVICE, epilogue)
+
+
+@pytest.mark.parametrize("epilogue", [e for e in ACTIVATIONS if e])
+def test_epilogue_keeps_nan_and_limits(epilogue: str) -> None:
+    scheme = get_scheme("int8wo")
+    weight = Quantized(torch.ones(3, 1, dtype=torch.int8), torch.ones(3, 1), None)
+    x = torch.tensor([[torch.nan], [-60000.0], [60000.0], [0.0]], dtype=torch.bfloat16)
+    sample = oracles.Sample(scheme, x, weight, None).to(DEVICE)
+    y = oracles.run("triton_w8a16", sample, epilogue).cpu().float()
+    expected = ACTIVATIONS[epilogue](x.float()).expand(4, 3).to(torch.bfloat16).float()
+    torch.testing.assert_close(y, expected, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "scheme"), [*TRITON, ("int_mm", "int8dq"), ("scaled_mm", "fp8dq")]
+    + [("tinygemm", f"int4wo-{size}") for size in (32, 64, 128, "128-sym", "32-sym")],
+)  # fmt: skip
+def test_layout(name: str, scheme: str) -> None:
+    group = get_scheme(scheme).weight.group_size
+    for n, k in ((8, 3 * (group or 32)), (24, 2 * (group or 32)), (64, 1024)):
+        oracles.layout_round_trip(name, scheme, n, k, DEVICE)
+    if name != "tinygemm":
+        oracles.layout_round_trip(name, scheme, 37, group or 101, DEVICE)
+
+
+def test_tinygemm_pack_is_torchs() -> None:
+    """A word holds nibble p + 4 e = code 8 p + 2 r + e of 32, for lane r of row n."""
+    scheme = get_scheme("int4wo-32")
+    q = oracles.random_sample(scheme, 0, 16, 192, torch.bfloat16).weight
+    words, pairs = KERNELS["tinygemm"].layout.pack(scheme, Quantized(*(t.to(DEVICE) for t in q)))
+    if DEVICE == "cuda":  # torch wants the even code in the high nibble
+        swapped = ((q.codes << 4) | (q.codes >> 4)).to(DEVICE)
+        expected = torch.ops.aten._convert_weight_to_int4pack(swapped, 4)
+        assert torch.equal(words, expected)
+    assert words.shape == (2, 3, 32, 2) and pairs.shape == (6, 16, 2)
+    low, high = q.codes & 15, q.codes >> 4
+    u = torch.stack([low, high], -1).flatten(-2).long()
+    for n, outer, r, j in ((0, 0, 0, 0), (5, 1, 3, 1), (15, 2, 2, 0)):
+        row = u[n, 64 * outer + 32 * j :]
+        nibbles = [row[8 * p + 2 * r + e] << 4 * (p + 4 * e) for p in range(4) for e in range(2)]
+        found = words[n // 8, outer, n % 8 * 4 + r, j].long().cpu() & 0xFFFFFFFF
+        assert found == sum(nibbles)
+
+
+@pytest.mark.parametrize(("name", "scheme"), CASES)
+def test_strides(name: str, scheme: str) -> None:
+    """Rows apart, columns apart, transposed, expanded and misaligned activations."""
+    kernel, (n, k) = KERNELS[name], (64, 256)
+    dtype = torch.bfloat16
+    if kernel.refusal(problem(scheme, 18, n, k, dtype)):
+        pytest.fail(f"{name} refuses the shape of this test")
+    sample = oracles.random_sample(scheme, 18, n, k, dtype, True).to(DEVICE)
+    packed = kernel.layout.pack(sample.scheme, sample.weight)
+    wide = torch.randn(18, 2 * k + 1, dtype=dtype, device=DEVICE)
+    views = [
+        wide[:, :k],
+        wide[:, 1 : k + 1],
+        wide[:, : 2 * k : 2],
+        torch.randn(k, 18, dtype=dtype, device=DEVICE).t(),
+        torch.randn(1, k, dtype=dtype, device=DEVICE).expand(18, k),
+        torch.randn(18 * k + 1, dtype=dtype, device=DEVICE)[1:].view(18, k),
+    ]
+    for x in views:
+        found = kernel.compute(sample.scheme, x, packed, sample.bias, "")
+        expected = kernel.compute(sample.scheme, x.clone(), packed, sample.bias, "")
+        dense = kernel.compute(sample.scheme, x.contiguous(), packed, sample.bias, "")
+        assert torch.equal(found, expected) and torch.equal(found, dense)
+
+
+@pytest.mark.parametrize(("name", "scheme"), CASES)
+def test_deterministic(name: str, scheme: str) -> None:
+    for m in (17, 300) if DEVICE == "cuda" else (17,):
+        sample = oracles.random_sample(scheme, m, 64, 512, torch.bfloat16).to(DEVICE)
+        first = oracles.run(name, sample)
+        for _ in range(20 if DEVICE == "cuda" else 2):
+            assert torch.equal(first, oracles.run(name, sample))
+
+
+@pytest.mark.parametrize(("name", "scheme"), [TRITON[0], TRITON[1], TRITON[3], TRITON[6], TRITON[11]])
+def test_opcheck(name: str, scheme: str) -> None:
+    """The schema, the fake and the dynamic trace of the op that the kernel calls."""
+    calls = []
+    sample = oracles.random_sample(scheme, 5, 19, 128, torch.bfloat16, True).to(DEVICE)
+    packed = KERNELS[name].layout.pack(sample.scheme, sample.weight)
+
+    class Record(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func.namespace == "fxquant":
+                calls.append((func, args))
+            return func(*args, **(kwargs or {}))
+
+    with Record():
+        KERNELS[name].compute(sample.scheme, sample.x, packed, sample.bias, "silu")
+    ((op, args),) = calls
+    torch.library.opcheck(op, args)
+
+
+@pytest.mark.parametrize(("name", "scheme"), CASES)
+def test_traces_with_symbolic_rows(name: str, scheme: str) -> None:
+    """One graph for every number of rows, with the product as one node."""
+    kernel = KERNELS[name]
+    sample = oracles.random_sample(scheme, 33, 64, 256, torch.bfloat16, True).to(DEVICE)
+    packed = kernel.layout.pack(sample.scheme, sample.weight)
+
+    def compute(x):
+        return kernel.compute(sample.scheme, x, packed, sample.bias, "")
+
+    graph = make_fx(compute, tracing_mode="symbolic")(sample.x)
+    products = [n for n in graph.graph.nodes if "linear" in str(n.target) or "_mm" in str(n.target)]
+    assert len(products) == 1
+    other = oracles.random_sample(scheme, 50, 64, 256, torch.bfloat16).to(DEVICE)
+    for x in (sample.x, other.x):
+        assert torch.equal(graph(x), compute(x))
+
+
+@pytest.mark.parametrize("name", sorted({name for name, _ in CASES} | {"tinygemm", "scaled_mm"}))
+def test_faults_are_refused(name: str) -> None:
+    kernel = KERNELS[name]
+    scheme = next(s for k, s in [*CASES, ("tinygemm", "int4wo-32"), ("scaled_mm", "fp8dq")] if k == name)
+    good = dict(scheme=scheme, m=64, n=64, k=256, dtype=torch.bfloat16)
+    assert kernel.refusal(problem(**good)) is None
+    for fault in kernel.faults:
+        assert kernel.refusal(problem(**{**good, **fault})), fault
+    assert kernel.cost(problem(**good)).subs("M", 1) > 0

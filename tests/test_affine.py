@@ -1,0 +1,439 @@
+"""affine.py against a float64 loop over blocks, and by its own laws."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from affine_cases import *
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from fxquant.affine import (
+    bits_of,
+    choose_qparams_affine,
+    code_range,
+    dequantize_affine,
+    pack_codes,
+    quantize_affine,
+    storage_dtype,
+    unpack_codes,
+)
+from fxquant.errors import InvalidBlockSize, InvalidOption, ShapeMismatch, UnsupportedDtype
+from fxquant.scheme import SCHEMES
+
+
+def test_code_range():
+    ranges = [code_range(dtype) for dtype in (*SIGNED, *UNSIGNED, *FLOAT8)]
+    signed = [(-1, 0), (-2, 1), (-4, 3), (-8, 7), (-16, 15), (-32, 31), (-64, 63), (-128, 127)]
+    unsigned = [(0, high) for high in (1, 3, 7, 15, 31, 63, 127, 255)]
+    assert ranges == [*signed, *unsigned, (-448, 448), (-57344, 57344)]
+    assert [bits_of(dtype) for dtype in (*SIGNED, *UNSIGNED, *FLOAT8)] == [*range(1, 9)] * 2 + [8, 8]
+
+
+def oracle(values, dtype, form):
+    """One block in float64, from the definitions: scale, zero point, codes, dequantized values."""
+    low_code, high_code = code_range(dtype)
+    low, high = values.min().item(), values.max().item()
+    middle = (low_code + high_code + 1) // 2
+    if form is not TINYGEMM and form is not SHIFTED:
+        low, high = min(low, 0.0), max(high, 0.0)
+    if form["mapping"] == "asymmetric":
+        scale = (high - low) / (high_code - low_code)
+    elif form["mapping"] == "symmetric":
+        scale = max(-low, high) / ((high_code - low_code) / 2)
+    else:
+        scale = max(low / (low_code - middle), high / (high_code - middle))
+    if form is TINYGEMM:
+        zero = low + (middle - low_code) * scale
+        codes = torch.round((values - zero) / scale + middle).clamp(low_code, high_code)
+        return scale, zero, codes, (codes - middle) * scale + zero
+    zero = 0
+    if form["mapping"] == "asymmetric":
+        zero = low_code - round(low / scale)
+    elif form["zero_point_domain"] == "int":
+        zero = middle
+    scaled = values / scale
+    codes = (scaled if dtype in FLOAT8 else torch.round(scaled) + zero).clamp(low_code, high_code)
+    if dtype in FLOAT8:
+        codes = codes.to(dtype).double()
+    return scale, zero, codes, (codes - zero) * scale
+
+
+@pytest.mark.parametrize("dtype, form", EVERY, ids=name)
+def test_equals_a_float64_loop_over_blocks(dtype, form):
+    # Random values keep off the halves, where the last digit of a scale decides.
+    x = torch.randn(SHAPE, dtype=torch.float64, generator=torch.Generator().manual_seed(1)) + 0.3
+    for block in BLOCKS.values():
+        scale, zero, codes, values = round_trip(x, block, dtype, form)
+        assert scale.dtype == torch.float64 and codes.dtype == storage_dtype(dtype)
+        parts = zip(each_block(x, block), each_block(codes, block), each_block(values, block))
+        for (index, part), (_, code), (_, value) in parts:
+            expected = oracle(part, dtype, form)
+            assert scale[index].item() == pytest.approx(expected[0], rel=1e-14)
+            if zero is not None:
+                assert zero[index].item() == pytest.approx(expected[1], rel=1e-12, abs=1e-12)
+            assert torch.equal(code.double(), expected[2])
+            torch.testing.assert_close(value, expected[3], rtol=1e-12, atol=1e-12)
+
+
+NUMBER = st.floats(-1e30, 1e30, width=32) | st.floats(-4, 4, width=32) | st.integers(-9, 9)
+COUNT_AND_EXTENT = st.tuples(st.integers(1, 2), st.integers(1, 4))
+
+
+@settings(max_examples=200, derandomize=True, deadline=None)
+@given(data=st.data(), rows=COUNT_AND_EXTENT, columns=COUNT_AND_EXTENT, case=st.sampled_from(EVERY))
+def test_laws(data, rows, columns, case):
+    """Codes in range and in the values' order; errors within half a step; requantizing is exact."""
+    dtype, form = case
+    shape, block = (rows[0] * rows[1], columns[0] * columns[1]), (rows[1], columns[1])
+    count = shape[0] * shape[1]
+    numbers = data.draw(st.lists(NUMBER, min_size=count, max_size=count))
+    x = torch.tensor(numbers, dtype=torch.float32).view(shape)
+    scale_dtype = data.draw(st.sampled_from([torch.float32, torch.bfloat16]))
+    scale, zero, codes, values = round_trip(x, block, dtype, form, scale_dtype=scale_dtype)
+    assert scale.shape == (rows[0], columns[0]) and (scale > 0).all()
+
+    lowest, highest = code_range(dtype)
+    plain = codes.double()
+    assert lowest <= plain.min() and plain.max() <= highest
+    parts = zip(each_block(x.double(), block), each_block(plain, block), each_block(values, block))
+    for (index, part), (_, code), (_, value) in parts:
+        step = scale[index].double()
+        slack = 4 * EPS * (part.abs().max() + step)
+        reach = step / 2
+        if dtype in FLOAT8:  # half a unit in the last place of a normal code, or of a subnormal one
+            digits = torch.finfo(dtype)
+            reach = step * digits.eps / 2 * code.abs().clamp(min=digits.tiny)
+        error = (value - part).abs()
+        # Only at an end may a value be farther off, and only if it lies beyond that end.
+        assert ((error <= reach + slack) | (code == lowest) | (code == highest)).all()
+        assert ((part <= value + reach + slack) | (code != lowest)).all()
+        assert ((part >= value - reach - slack) | (code != highest)).all()
+        assert (code.flatten()[part.flatten().argsort()].diff() >= 0).all()
+        if scale_dtype == torch.float32:  # with it, the ends lose what rounding a zero point costs
+            assert (error <= 2 * reach + slack).all()
+
+    domain = form["zero_point_domain"]
+    again = quantize_affine(values, block, scale.double(), zero, dtype, zero_point_domain=domain)
+    same(again, codes)
+
+
+@pytest.mark.parametrize("dtype, form", EVERY, ids=name)
+def test_zero_block(dtype, form):
+    """Scale 1, exact zeros, and the block beside it untouched."""
+    x = torch.cat([torch.zeros(1, 8), torch.linspace(-1, 1, 8)[None]])
+    for scale_dtype in REAL:
+        scale, _, _, values = round_trip(x, [1, -1], dtype, form, scale_dtype=scale_dtype)
+        assert scale[0] == 1 and torch.equal(values[0], torch.zeros(8, dtype=torch.float64))
+        alone = round_trip(x[1:], [1, -1], dtype, form, scale_dtype=scale_dtype)
+        assert torch.equal(values[1:], alone[3]) and torch.equal(scale[1:], alone[0])
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("dtype, form", EVERY, ids=name)
+def test_non_finite_block(dtype, form, bad):
+    """NaN or an infinity makes its whole block NaN, no other, and its codes are defined."""
+    x = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
+    x[1, 3] = bad
+    scale, zero, codes, values = round_trip(x, [1, -1], dtype, form)
+    assert scale[1].isnan() and values[1].isnan().all()
+    assert scale[[0, 2]].isfinite().all() and values[[0, 2]].isfinite().all()
+    if dtype not in FLOAT8:
+        assert len(codes[1].unique()) == 1
+    if zero is not None and not zero.is_floating_point():
+        assert code_range(dtype)[0] <= zero[1] <= code_range(dtype)[1]
+
+
+@pytest.mark.parametrize("dtype, form", EVERY, ids=name)
+def test_underflowing_scale(dtype, form):
+    """A block too small for the scale's type keeps finite, small values."""
+    for scale_dtype, size in ((torch.float16, 1e-8), (torch.bfloat16, 1e-39)):
+        x = size * torch.linspace(-1, 1, 8)[None]
+        scale, _, _, values = round_trip(x, [1, -1], dtype, form, scale_dtype=scale_dtype)
+        assert scale == torch.finfo(scale_dtype).tiny
+        assert (values - x.double()).abs().max() <= scale.double() / 2 + size
+
+
+@pytest.mark.parametrize("dtype", UNSIGNED + SIGNED, ids=name)
+@pytest.mark.parametrize("constant", [5.3, -5.3, 1e-3, 1e6, 3e38, -1e-30])
+def test_constant_block(dtype, constant):
+    """Exact where zero need not be a code, and half a step off at most where it must."""
+    x = torch.full((1, 8), constant)
+    for form in (TINYGEMM, SHIFTED):
+        _, _, _, values = round_trip(x, [1, -1], dtype, form)
+        torch.testing.assert_close(values, x.double(), rtol=EPS, atol=0)
+    for form in (SYMMETRIC_INT, ASYMMETRIC):
+        check_error(x, [1, -1], dtype, form)
+
+
+def test_range_far_from_zero():
+    """A zero point stays small enough for float32: the step grows to the values' own precision."""
+    x = torch.tensor([[1000.0, 1000.0001, 1000.0002, 1000.0004]])
+    scale, zero, _, values = round_trip(x, [1, -1], torch.uint8, SHIFTED)
+    assert zero.abs() <= 2**22 + 255 and scale == 1000.0004 * 2**-22
+    assert (values - x.double()).abs().max() <= scale
+
+
+@pytest.mark.parametrize("form", [SYMMETRIC_INT, ASYMMETRIC, TINYGEMM], ids=name)
+def test_the_whole_float32_range(form):
+    """max - min overflows float32; half of it does not."""
+    x = torch.tensor([[-3e38, 3e38, 0.0, 1e38]])
+    scale, _ = choose_qparams_affine(x, [1, -1], torch.uint8, **form)
+    torch.testing.assert_close(scale, torch.full((1, 1), 6e38 / 255))
+
+
+def test_halves_round_to_even():
+    x = torch.tensor([[0.5, 1.5, 2.5, -0.5, -1.5, -2.5]])
+    codes = quantize_affine(x, [1, -1], torch.ones(1, 1), None, torch.int8)
+    assert codes.tolist() == [[0, 2, 2, 0, -2, -2]]
+    zero = torch.full((1, 1), 3, dtype=torch.int32)  # added after rounding: odd, and yet even
+    codes = quantize_affine(x, [1, -1], torch.ones(1, 1), zero, torch.int8, zero_point_domain="int")
+    assert codes.tolist() == [[3, 5, 5, 3, 1, 1]]
+
+
+def test_eps_bounds_the_scale():
+    x = torch.tensor([[1e-3, -1e-3], [1.0, -1.0]])
+    scale, _ = choose_qparams_affine(x, [1, -1], torch.int8, eps=1e-3)
+    torch.testing.assert_close(scale, torch.tensor([[1e-3], [1 / 127.5]]), rtol=1e-6, atol=0)
+
+
+def test_a_range_of_codes():
+    """quant_min and quant_max narrow the codes, in all three functions."""
+    x, block, narrow = torch.tensor([[-1.0, 0.25, 2.0]]), [1, -1], dict(quant_min=-127, quant_max=127)
+    scale, zero = choose_qparams_affine(x, block, torch.int8, **narrow)
+    assert zero is None and scale == torch.tensor(2.0) / 127
+    assert quantize_affine(-x, block, scale / 2, None, torch.int8, **narrow).tolist() == [[127, -32, -127]]
+    narrow = dict(quant_min=2, quant_max=5)  # the middle is code 4
+    scale, zero = choose_qparams_affine(x, block, torch.uint8, **TINYGEMM, **narrow)
+    assert (scale, zero) == (1, 1)
+    domain = dict(zero_point_domain="float")
+    codes = quantize_affine(x, block, scale, zero, torch.uint8, **narrow, **domain)
+    assert codes.tolist() == [[2, 3, 5]]
+    values = dequantize_affine(codes, block, scale, zero, torch.uint8, **narrow, **domain)
+    assert values.tolist() == [[-1, 0, 2]]
+
+
+def test_values_are_rounded_once():
+    """float32 arithmetic, then one rounding: in bfloat16 throughout, 3 * 1.0078125 + 300 is 304."""
+    codes, scale, zero = torch.tensor([[11]]).byte(), torch.tensor([[1.0078125]]), torch.tensor([[300.0]])
+    values = dequantize_affine(
+        codes, [1, 1], scale.bfloat16(), zero.bfloat16(), torch.uint4,
+        zero_point_domain="float", output_dtype=torch.bfloat16,
+    )  # fmt: skip
+    assert values.dtype == torch.bfloat16 and values == torch.tensor(303.0234375).bfloat16()
+    double = dequantize_affine(codes, [1, 1], scale / 3, None, torch.uint4, output_dtype=torch.float64)
+    assert double == (scale / 3).double() * 11
+
+
+# ----------------------------------------------------------------------------------- shapes
+
+
+def test_empty_tensors():
+    for shape, block, counts in [
+        ((0, 16), (1, -1), (0, 1)), ((0, 16), (1, 8), (0, 2)), ((0, 16), (-1, -1), (1, 1)),
+        ((4, 0), (1, -1), (4, 1)), ((4, 0), (1, 8), (4, 0)), ((0,), (-1,), (1,)),
+    ]:  # fmt: skip
+        for dtype, form in EVERY:
+            scale, zero, codes, values = round_trip(torch.empty(shape), block, dtype, form)
+            assert scale.shape == counts and (scale == 1).all()
+            assert codes.shape == values.shape == shape and codes.dtype == storage_dtype(dtype)
+            assert zero is None or zero.shape == counts
+
+
+def test_a_scalar_and_a_vector():
+    scale, _, codes, values = round_trip(torch.tensor(-2.0), [], torch.int8, NO_CLIPPING)
+    assert scale.shape == () and codes == -128 and values == -2
+    x = torch.tensor([1.0, -2.0, 4.0, -8.0])
+    scale, _, codes, values = round_trip(x, [2], torch.int8, NO_CLIPPING)
+    assert scale.tolist() == [2 / 128, 8 / 128] and codes.tolist() == [64, -128, 64, -128]
+    assert values.tolist() == x.tolist()
+
+
+@pytest.mark.parametrize("dtype, form", EVERY, ids=name)
+def test_strides_do_not_matter(dtype, form):
+    x = sample((4, 6, 16))
+    for strided in (x.transpose(0, 2), x[:, ::2], x[..., 1::2].flip(0), x[:1].expand(3, 6, 16)):
+        expected = round_trip(strided.contiguous(), (1, 1, -1), dtype, form)
+        for ours, theirs in zip(round_trip(strided, (1, 1, -1), dtype, form), expected, strict=True):
+            assert ours is theirs is None or same(ours, theirs) is None
+
+
+@pytest.mark.parametrize("block", BLOCKS.values(), ids=BLOCKS)
+def test_symbolic_shapes(block):
+    """A traced graph serves other sizes; fake tensors have the shapes and dtypes of real ones."""
+
+    def run(x, dtype, form):
+        scale, zero, codes, values = round_trip(x, block, dtype, form)
+        packed = pack_codes(codes, dtype)
+        results = [scale, codes, values, packed, unpack_codes(packed, dtype)]
+        return results if zero is None else [*results, zero]
+
+    for dtype, form in [(torch.int8, SYMMETRIC), (torch.uint4, TINYGEMM), (torch.int4, ASYMMETRIC)]:
+        graph = make_fx(lambda x: run(x, dtype, form), tracing_mode="symbolic")(sample((4, 6, 16)))
+        (x,) = (node for node in graph.graph.nodes if node.op == "placeholder")
+        assert not any(isinstance(size, int) for size in x.meta["val"].shape)
+        other = sample((3, 8, 32), seed=2)
+        expected = run(other, dtype, form)
+        for ours, theirs in zip(graph(other), expected, strict=True):
+            same(ours, theirs)
+        with FakeTensorMode() as mode:
+            fakes = run(mode.from_tensor(other), dtype, form)
+        for fake, real in zip(fakes, expected, strict=True):
+            assert (fake.shape, fake.dtype, fake.stride()) == (real.shape, real.dtype, real.stride())
+
+
+class RoundTrip(torch.nn.Module):
+    def __init__(self, spec):
+        super().__init__()
+        self.spec = spec
+
+    def forward(self, x):
+        return self.spec.dequantize(self.spec.quantize(x), torch.float32)
+
+
+@pytest.mark.parametrize("scheme, part", [("8da4w-32", "input"), ("int4wo-32", "weight")])
+def test_export_and_compile(scheme, part):
+    """One graph for all rows, in torch.export and in Dynamo."""
+    module = RoundTrip(getattr(SCHEMES[scheme], part))
+    rows = {"x": {0: torch.export.Dim("rows")}}
+    exported = torch.export.export(module, (sample((4, 64)),), dynamic_shapes=rows).module()
+    compiled = torch.compile(module, backend="aot_eager", dynamic=True, fullgraph=True)
+    for count in (4, 7, 33):
+        x = sample((count, 64))
+        same(exported(x), module(x))
+        same(compiled(x), module(x))
+
+
+# --------------------------------------------------------------------------------- packing
+
+
+@pytest.mark.parametrize(
+    "dtype, codes, packed",
+    [
+        (torch.uint4, [1, 2, 3, 15], [0x21, 0xF3]),
+        (torch.int4, [-8, 7, 0, -1], [0xF0, 0x78]),
+        (torch.uint2, [0, 1, 2, 3], [0b11_10_01_00]),
+        (torch.int2, [-2, -1, 0, 1], [0b11_10_01_00]),
+        (torch.uint1, [1, 0, 0, 1, 0, 0, 0, 1], [0b1000_1001]),
+        (torch.int1, [0, -1, -1, 0, -1, -1, -1, 0], [0b1000_1001]),
+    ],
+    ids=name,
+)
+def test_packed_bytes(dtype, codes, packed):
+    codes = torch.tensor(codes, dtype=storage_dtype(dtype))
+    same(pack_codes(codes, dtype), torch.tensor(packed, dtype=torch.uint8))
+    every = torch.arange(256, dtype=torch.uint8).view(2, 4, 32)
+    same(pack_codes(unpack_codes(every, dtype), dtype), every)
+
+
+@settings(max_examples=100, derandomize=True, deadline=None)
+@given(
+    shape=st.lists(st.integers(0, 3), max_size=2).map(tuple),
+    last=st.integers(0, 4),
+    dtype=st.sampled_from(SIGNED + UNSIGNED),
+    seed=st.integers(0, 99),
+)
+def test_unpack_inverts_pack(shape, last, dtype, seed):
+    lowest, highest = code_range(dtype)
+    codes = torch.randint(
+        lowest, highest + 1, (*shape, 8 * last), generator=torch.Generator().manual_seed(seed)
+    ).to(storage_dtype(dtype))
+    packed = pack_codes(codes, dtype)
+    bits = bits_of(dtype) if bits_of(dtype) in (1, 2, 4) else 8
+    assert packed.shape == (*shape, last * bits)
+    same(unpack_codes(packed, dtype), codes)
+
+
+def test_whole_bytes_pass_through():
+    for dtype in (torch.int3, torch.uint5, torch.int8, torch.uint8, *FLOAT8):
+        codes = torch.zeros(3, dtype=storage_dtype(dtype))
+        assert pack_codes(codes, dtype) is codes and unpack_codes(codes, dtype) is codes
+
+
+# --------------------------------------------------------------------------------- schemes
+
+
+@pytest.mark.parametrize("real", [*REAL, torch.float64], ids=name)
+@pytest.mark.parametrize("scheme", SCHEMES.values(), ids=SCHEMES)
+def test_schemes(scheme, real):
+    x = sample((6, 512), seed=3).to(real)
+    for spec in filter(None, (scheme.weight, scheme.input)):
+        quantized = spec.quantize(x)
+        extent = spec.group_size or 512
+        step = quantized.scale.double().repeat_interleave(extent, 1)
+        assert quantized.scale.shape == (6, 512 // extent)
+        assert quantized.scale.dtype == spec.scale_dtype
+        assert quantized.codes.shape == (6, 512 * min(spec.bits, 8) // 8)
+        # bfloat16 qparams cost up to a tenth of a step, an integer zero point half a step.
+        steps = 16 if spec.dtype in FLOAT8 else 1 if spec.zero_point_domain == "int" else 0.6
+        error = spec.dequantize(quantized, torch.float64) - x.double()
+        assert (error.abs() <= steps * step).all()
+        assert spec.dequantize(quantized, real).dtype == real
+
+
+# ---------------------------------------------------------------------------------- errors
+
+
+@pytest.mark.parametrize("block", [(1,), (1, 1, 1), (1, 0), (1, -2), (1, 5), (3, -1), (1, 32)])
+def test_block_that_does_not_divide(block):
+    with pytest.raises(InvalidBlockSize, match="does not divide a tensor of shape") as caught:
+        choose_qparams_affine(torch.zeros(4, 16), block, torch.int8)
+    assert caught.value.block_size == block and caught.value.shape == (4, 16)
+    with pytest.raises(InvalidBlockSize):
+        quantize_affine(torch.zeros(4, 16), block, torch.ones(4, 1), None, torch.int8)
+    with pytest.raises(InvalidBlockSize):
+        dequantize_affine(torch.zeros(4, 16).char(), block, torch.ones(4, 1), None, torch.int8)
+
+
+@pytest.mark.parametrize(
+    "dtype, options, option",
+    [
+        (torch.int16, {}, "dtype"),
+        (torch.float16, {}, "dtype"),
+        (torch.int8, dict(mapping="affine"), "mapping"),
+        (torch.float8_e5m2, ASYMMETRIC, "mapping"),
+        (torch.int1, NO_CLIPPING, "mapping"),
+        (torch.uint1, NO_CLIPPING_INT, "mapping"),
+        (torch.int8, dict(mapping="symmetric", zero_point_domain="float"), "zero_point_domain"),
+        (torch.int8, dict(mapping="asymmetric"), "zero_point_domain"),
+        (torch.uint8, SYMMETRIC, "zero_point_domain"),
+        (torch.float8_e4m3fn, SYMMETRIC_INT, "zero_point_domain"),
+        (torch.int4, dict(quant_min=-9), "quant_min, quant_max"),
+        (torch.int4, dict(quant_max=8), "quant_min, quant_max"),
+        (torch.int4, dict(quant_min=3, quant_max=3), "quant_min, quant_max"),
+        (torch.int8, dict(scale_dtype=torch.int32), "scale_dtype"),
+        (torch.uint4, dict(**TINYGEMM, zero_point_dtype=torch.int32), "zero_point_dtype"),
+        (torch.uint8, dict(**ASYMMETRIC, zero_point_dtype=torch.int8), "zero_point_dtype"),
+        (torch.uint8, dict(**ASYMMETRIC, zero_point_dtype=torch.bfloat16), "zero_point_dtype"),
+        (torch.int8, dict(**SHIFTED, zero_point_dtype=torch.int16), "zero_point_dtype"),
+    ],
+)
+def test_options_that_cannot_be(dtype, options, option):
+    with pytest.raises(InvalidOption) as caught:
+        choose_qparams_affine(torch.zeros(2, 8), [1, -1], dtype, **options)
+    assert caught.value.name == option
+
+
+def test_tensors_that_cannot_be():
+    with pytest.raises(UnsupportedDtype, match="int64"):
+        choose_qparams_affine(torch.zeros(2, 8, dtype=torch.int64), [1, -1], torch.int8)
+    x, one = torch.zeros(2, 8), torch.ones(2, 1)
+    for scale in (torch.ones(2, 2), torch.ones(1, 1), torch.ones(2), torch.tensor(1.0)):
+        with pytest.raises(ShapeMismatch, match="scale has shape"):
+            quantize_affine(x, [1, -1], scale, None, torch.int8)
+        with pytest.raises(ShapeMismatch, match="zero_point has shape"):
+            dequantize_affine(x.char(), [1, -1], one, scale, torch.int8, zero_point_domain="int")
+    with pytest.raises(InvalidOption, match="expected a tensor in domain 'int'"):
+        quantize_affine(x, [1, -1], one, None, torch.int8, zero_point_domain="int")
+    with pytest.raises(InvalidOption, match="expected None in domain 'none'"):
+        dequantize_affine(x.char(), [1, -1], one, one, torch.int8)
+    with pytest.raises(InvalidOption, match="dtype of codes"):
+        dequantize_affine(x, [1, -1], one, None, torch.int8)
+    with pytest.raises(InvalidOption, match="dtype of codes"):
+        pack_codes(x.char(), torch.uint4)
+    with pytest.raises(InvalidOption, match="dtype of packed codes"):
+        unpack_codes(x.char(), torch.int4)
+    with pytest.raises(ShapeMismatch, match="multiple of 4"):
+        pack_codes(torch.zeros(2, 6, dtype=torch.uint8), torch.uint2)
