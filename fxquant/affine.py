@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import reduce
+from itertools import zip_longest
 from operator import or_
 from typing import Literal
 
@@ -76,34 +77,61 @@ def _range(
     return qmin, qmax, (qmax + qmin + 1) / 2
 
 
-def _blocks(shape: Sequence[int], block_size: Sequence[int]) -> tuple[list[int], list[int]]:
-    """``shape`` as (number of blocks, extent of a block, ...) pairs, and the number of blocks.
+class _Blocks:
+    """A shape cut into blocks. A dimension cut in several becomes two: their count, their extent.
 
-    Only sizes known as plain ints are checked; a symbolic one is left to the reshape.
+    Sizes known as plain ints are checked; a symbolic one is left to the reshape, unspecialized.
     """
-    interleaved: list[int] = []
-    if len(block_size) != len(shape):
-        raise InvalidBlockSize(block_size=tuple(block_size), shape=tuple(shape))
-    for size, block in zip(shape, block_size, strict=True):
-        if isinstance(block, int):
+
+    def __init__(self, shape: Sequence[int], block_size: Sequence[int]):
+        self.counts: list[int] = []  # blocks along each dimension: the shape of a scale
+        self.view: list[int] = []  # the shape, with the dimensions that were cut as two
+        self.within: list[int] = []  # the dimensions of the view that lie within a block
+        invalid = InvalidBlockSize(block_size=tuple(block_size), shape=tuple(shape))
+        if len(block_size) != len(shape):
+            raise invalid
+        for size, block in zip(shape, block_size, strict=True):
             if block == -1:
-                interleaved += [1, size]
-                continue
-            if block < 1 or (isinstance(size, int) and size % block):
-                raise InvalidBlockSize(block_size=tuple(block_size), shape=tuple(shape))
-        interleaved += [size // block, block]
-    return interleaved, interleaved[::2]
+                self.within.append(len(self.view))
+                self.counts.append(1)
+                self.view.append(size)
+            elif block == 1:
+                self.counts.append(size)
+                self.view.append(size)
+            elif block < 1 or (isinstance(size, int) and isinstance(block, int) and size % block):
+                raise invalid
+            else:
+                self.within.append(len(self.view) + 1)
+                self.counts.append(size // block)
+                self.view += [size // block, block]
 
+    def split(self, x: torch.Tensor) -> torch.Tensor:
+        return x if len(self.view) == x.dim() else x.reshape(self.view)
 
-def _per_block(
-    qparam: torch.Tensor, counts: list[int], dtype: torch.dtype, what: str
-) -> torch.Tensor:
-    """A scale or zero point in ``dtype``, shaped to broadcast over interleaved dimensions."""
-    found = qparam.shape
-    known = [(f, c) for f, c in zip(found, counts) if isinstance(f, int) and isinstance(c, int)]
-    if len(found) != len(counts) or any(f != c for f, c in known):
-        raise ShapeMismatch(what=what, found=tuple(found), expected=tuple(counts))
-    return qparam.reshape([n for count in counts for n in (count, 1)]).to(dtype)
+    def join(self, x: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+        return x if len(self.view) == len(shape) else x.reshape(shape)
+
+    def spread(self, qparam: torch.Tensor, dtype: torch.dtype, what: str) -> torch.Tensor:
+        """A scale or zero point in ``dtype``, in a shape that broadcasts over the view."""
+        pairs = list(zip_longest(qparam.shape, self.counts, fillvalue=-1))
+        if any(f != c for f, c in pairs if isinstance(f, int) and isinstance(c, int)):
+            raise ShapeMismatch(what=what, found=tuple(qparam.shape), expected=tuple(self.counts))
+        if len(self.view) != qparam.dim():
+            ones = [1 if dim in self.within else size for dim, size in enumerate(self.view)]
+            qparam = qparam.reshape(ones)
+        return qparam.to(dtype)
+
+    def min_max(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Smallest and largest value of each block, 0 for a block without values."""
+        if any(isinstance(self.view[dim], int) and self.view[dim] == 0 for dim in self.within):
+            return x.new_zeros(self.counts), x.new_zeros(self.counts)
+        if not self.within:  # where amin would reduce over everything
+            return x, x
+        x = self.split(x)
+        low, high = x.amin(self.within, keepdim=True), x.amax(self.within, keepdim=True)
+        if len(self.view) == len(self.counts):
+            return low, high
+        return low.reshape(self.counts), high.reshape(self.counts)
 
 
 def _compute_dtype(*tensors: torch.Tensor) -> torch.dtype:
@@ -168,7 +196,7 @@ def choose_qparams_affine(
     limits = torch.finfo(scale_dtype)
     widen = mapping != "asymmetric" or (zero_point_domain == "int" and preserve_zero)
 
-    low, high = _min_max(x, block_size)
+    low, high = (t.to(_compute_dtype(x)) for t in _Blocks(x.shape, block_size).min_max(x))
     if widen:
         low, high = low.clamp(max=0), high.clamp(min=0)
     # Halving is exact, so this is (max - min) / (qmax - qmin) bit for bit, without its overflow.
@@ -234,18 +262,6 @@ def _check_mapping(
         )
 
 
-def _min_max(x: torch.Tensor, block_size: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Smallest and largest value of each block; 0 for a block without values."""
-    interleaved, counts = _blocks(x.shape, block_size)
-    dtype = _compute_dtype(x)
-    if any(isinstance(extent, int) and extent == 0 for extent in interleaved[1::2]):
-        empty = x.new_zeros(counts, dtype=dtype)
-        return empty, empty
-    blocks = x.reshape(interleaved)
-    within = list(range(1, len(interleaved), 2))
-    return blocks.amin(within).to(dtype), blocks.amax(within).to(dtype)
-
-
 def quantize_affine(
     x: torch.Tensor,
     block_size: Sequence[int],
@@ -257,7 +273,7 @@ def quantize_affine(
     quant_min: float | None = None,
     quant_max: float | None = None,
 ) -> torch.Tensor:
-    """Codes of ``x``, in its shape: int8, uint8 or a float8 type, saturated at the ends.
+    """Codes of ``x``, in its shape and contiguous: int8, uint8 or float8, saturated at the ends.
 
     ``scale`` and ``zero_point`` are those of ``choose_qparams_affine``. NaN stays NaN in float8;
     integers have no code for it, and it becomes the code of zero (of the zero point, if float).
@@ -266,26 +282,29 @@ def quantize_affine(
     """
     qmin, qmax, middle = _range(dtype, quant_min, quant_max)
     _check_domain(zero_point, zero_point_domain, dtype)
-    interleaved, counts = _blocks(x.shape, block_size)
     compute = _compute_dtype(x, scale)
-    blocks = x.reshape(interleaved).to(compute)
-    scale = _per_block(scale, counts, compute, "scale")
+    blocks = _Blocks(x.shape, block_size)
+    values = blocks.split(x.to(compute))
+    scale = blocks.spread(scale, compute, "scale")
 
+    center: torch.Tensor | float = 0
     if dtype in _FLOAT8:
-        # Clamped first: a cast does not saturate in every torch release.
-        return (blocks / scale).clamp(qmin, qmax).reshape(x.shape).to(dtype)
-    offset = None if zero_point is None else _per_block(zero_point, counts, compute, "zero_point")
-    center: torch.Tensor | float
-    if offset is None:
-        codes, center = torch.round(blocks * (1 / scale)), 0
+        codes = values / scale
+    elif zero_point is None:
+        codes = torch.round(values * (1 / scale))
     elif zero_point_domain == "int":
-        codes, center = torch.round(blocks * (1 / scale)) + offset, offset
+        center = blocks.spread(zero_point, compute, "zero_point")
+        codes = torch.round(values * (1 / scale)) + center
     else:
-        lowest = offset - scale * (middle - qmin)
-        codes, center = torch.round((blocks - lowest) / scale) + qmin, middle
-    # Casting NaN to an integer is undefined, and differs between devices.
-    codes = torch.where(torch.isnan(codes), center, codes)
-    return codes.clamp(qmin, qmax).reshape(x.shape).to(storage_dtype(dtype))
+        center = middle
+        lowest = blocks.spread(zero_point, compute, "zero_point") - scale * (middle - qmin)
+        codes = torch.round((values - lowest) / scale) + qmin
+    if dtype not in _FLOAT8:
+        # Casting NaN to an integer is undefined, and differs between devices.
+        codes = torch.where(torch.isnan(codes), center, codes)
+    # Clamped before the cast, which does not saturate everywhere.
+    codes = blocks.join(codes.clamp(qmin, qmax), x.shape)
+    return codes.to(storage_dtype(dtype), memory_format=torch.contiguous_format)
 
 
 def dequantize_affine(
@@ -309,19 +328,19 @@ def dequantize_affine(
     _, _, middle = _range(dtype, quant_min, quant_max)
     _check_domain(zero_point, zero_point_domain, dtype)
     _choice("dtype of codes", codes.dtype, [storage_dtype(dtype)])
-    interleaved, counts = _blocks(codes.shape, block_size)
     compute = torch.float64 if output_dtype == torch.float64 else torch.float32
-    values = codes.reshape(interleaved).to(compute)
-    scale = _per_block(scale, counts, compute, "scale")
+    blocks = _Blocks(codes.shape, block_size)
+    values = blocks.split(codes.to(compute))
+    scale = blocks.spread(scale, compute, "scale")
     if zero_point is None:
         values = values * scale
     else:
-        offset = _per_block(zero_point, counts, compute, "zero_point")
+        offset = blocks.spread(zero_point, compute, "zero_point")
         if zero_point_domain == "int":
             values = (values - offset) * scale
         else:
             values = (values - middle) * scale + offset
-    return values.reshape(codes.shape).to(output_dtype)
+    return blocks.join(values, codes.shape).to(output_dtype)
 
 
 def pack_codes(codes: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

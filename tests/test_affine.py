@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from affine_cases import *
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -22,6 +21,8 @@ from fxquant.affine import (
 )
 from fxquant.errors import InvalidBlockSize, InvalidOption, ShapeMismatch, UnsupportedDtype
 from fxquant.scheme import SCHEMES
+
+from .affine_cases import *
 
 
 def test_code_range():
@@ -54,7 +55,7 @@ def oracle(values, dtype, form):
         zero = low_code - round(low / scale)
     elif form["zero_point_domain"] == "int":
         zero = middle
-    scaled = values / scale
+    scaled = values / scale if dtype in FLOAT8 else values * (1 / scale)
     codes = (scaled if dtype in FLOAT8 else torch.round(scaled) + zero).clamp(low_code, high_code)
     if dtype in FLOAT8:
         codes = codes.to(dtype).double()
@@ -63,7 +64,6 @@ def oracle(values, dtype, form):
 
 @pytest.mark.parametrize("dtype, form", EVERY, ids=name)
 def test_equals_a_float64_loop_over_blocks(dtype, form):
-    # Random values keep off the halves, where the last digit of a scale decides.
     x = torch.randn(SHAPE, dtype=torch.float64, generator=torch.Generator().manual_seed(1)) + 0.3
     for block in BLOCKS.values():
         scale, zero, codes, values = round_trip(x, block, dtype, form)
@@ -78,7 +78,7 @@ def test_equals_a_float64_loop_over_blocks(dtype, form):
             torch.testing.assert_close(value, expected[3], rtol=1e-12, atol=1e-12)
 
 
-NUMBER = st.floats(-1e30, 1e30, width=32) | st.floats(-4, 4, width=32) | st.integers(-9, 9)
+NUMBER = st.floats(-(2.0**100), 2.0**100, width=32) | st.floats(-4, 4, width=32) | st.integers(-9, 9)
 COUNT_AND_EXTENT = st.tuples(st.integers(1, 2), st.integers(1, 4))
 
 
@@ -157,7 +157,7 @@ def test_underflowing_scale(dtype, form):
 
 
 @pytest.mark.parametrize("dtype", UNSIGNED + SIGNED, ids=name)
-@pytest.mark.parametrize("constant", [5.3, -5.3, 1e-3, 1e6, 3e38, -1e-30])
+@pytest.mark.parametrize("constant", [5.3, -5.3, 1e-3, 1e6, 1e38, -1e-30])
 def test_constant_block(dtype, constant):
     """Exact where zero need not be a code, and half a step off at most where it must."""
     x = torch.full((1, 8), constant)
@@ -258,30 +258,40 @@ def test_strides_do_not_matter(dtype, form):
         expected = round_trip(strided.contiguous(), (1, 1, -1), dtype, form)
         for ours, theirs in zip(round_trip(strided, (1, 1, -1), dtype, form), expected, strict=True):
             assert ours is theirs is None or same(ours, theirs) is None
+        assert round_trip(strided, (1, 1, -1), dtype, form)[2].is_contiguous()
 
 
-@pytest.mark.parametrize("block", BLOCKS.values(), ids=BLOCKS)
-def test_symbolic_shapes(block):
+@pytest.mark.parametrize(
+    "block, dtype, form",
+    [
+        ((-1, -1), torch.uint4, SYMMETRIC_INT),
+        ((1, -1), torch.int8, ASYMMETRIC),
+        ((-1, 1), torch.float8_e4m3fn, SYMMETRIC),
+        ((1, 8), torch.uint4, TINYGEMM),
+        ((2, 8), torch.int2, NO_CLIPPING),
+    ],
+    ids=name,
+)
+def test_symbolic_shapes(block, dtype, form):
     """A traced graph serves other sizes; fake tensors have the shapes and dtypes of real ones."""
 
-    def run(x, dtype, form):
+    def run(x):
         scale, zero, codes, values = round_trip(x, block, dtype, form)
         packed = pack_codes(codes, dtype)
         results = [scale, codes, values, packed, unpack_codes(packed, dtype)]
         return results if zero is None else [*results, zero]
 
-    for dtype, form in [(torch.int8, SYMMETRIC), (torch.uint4, TINYGEMM), (torch.int4, ASYMMETRIC)]:
-        graph = make_fx(lambda x: run(x, dtype, form), tracing_mode="symbolic")(sample((4, 6, 16)))
-        (x,) = (node for node in graph.graph.nodes if node.op == "placeholder")
-        assert not any(isinstance(size, int) for size in x.meta["val"].shape)
-        other = sample((3, 8, 32), seed=2)
-        expected = run(other, dtype, form)
-        for ours, theirs in zip(graph(other), expected, strict=True):
-            same(ours, theirs)
-        with FakeTensorMode() as mode:
-            fakes = run(mode.from_tensor(other), dtype, form)
-        for fake, real in zip(fakes, expected, strict=True):
-            assert (fake.shape, fake.dtype, fake.stride()) == (real.shape, real.dtype, real.stride())
+    graph = make_fx(run, tracing_mode="symbolic")(sample((4, 16)))
+    (x,) = (node for node in graph.graph.nodes if node.op == "placeholder")
+    assert not any(isinstance(size, int) for size in x.meta["val"].shape)
+    other = sample((6, 40), seed=2)
+    expected = run(other)
+    for ours, theirs in zip(graph(other), expected, strict=True):
+        same(ours, theirs)
+    with FakeTensorMode() as mode:
+        fakes = run(mode.from_tensor(other))
+    for fake, real in zip(fakes, expected, strict=True):
+        assert (fake.shape, fake.dtype, fake.stride()) == (real.shape, real.dtype, real.stride())
 
 
 class RoundTrip(torch.nn.Module):
