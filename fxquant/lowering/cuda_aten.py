@@ -1,8 +1,7 @@
 """What torch itself has for quantized linears on CUDA: tinygemm, cuBLASLt int8, scaled float8.
 
-They compete with the Triton kernels on the same terms. The constants are fractions of the
-datasheet's rates (H200: 4.8 TB/s, 989 bfloat16, 1979 int8 and float8 TFLOP/s) that were measured
-with torch 2.11 at 28672 x 4096.
+They compete with the Triton kernels on the same terms. The constants are fractions of the H200's
+row in ``devices``, measured with torch 2.11 at 28672 x 4096.
 """
 
 from __future__ import annotations
@@ -10,29 +9,34 @@ from __future__ import annotations
 import sympy
 import torch
 
-from ..affine import pack_codes, unpack_codes
+from ..affine import code_range, pack_codes, storage_dtype, unpack_codes
 from ..scheme import Quantized, Scheme
-from .kernel import Layout, Need, Problem, activations_in, has_feature, kernel, multiple_of
-from .triton_launch import input_is, roofline, weight_is
+from .dequantize import LAYOUT
+from .kernel import (
+    Layout,
+    M,
+    Need,
+    Problem,
+    activations_in,
+    has_feature,
+    kernel,
+    multiple_of,
+)
+from .triton_launch import estimate, input_is, weight_is
 from .triton_w4a16 import grouped
-from .triton_w8a8 import CHANNEL
 
-TINYGEMM_MEMORY = 0.40  # 35 us at one row
-TINYGEMM_COMPUTE = 0.028  # 8.3 us more for every row: each block of 8 columns reads x again
-INT_MM_MEMORY = 0.65  # 35 us up to 64 rows
-INT_MM_COMPUTE = 0.23  # 850 TOPS alone, 460 with the scales applied in a second pass
-SCALED_MM_MEMORY = 0.55  # 38 to 48 us up to 16 rows
-SCALED_MM_COMPUTE = 0.55
+TINYGEMM_MEMORY = 0.45  # 35 us at one row
+TINYGEMM_COMPUTE = 0.04  # 8.3 us for every row: each block of 8 columns reads x again
+INT_MM_MEMORY = 0.78  # 35 us up to 64 rows
+INT_MM_COMPUTE = 0.40  # 850 TOPS alone, 460 with the scales applied in a second pass
+INT_MM_ROWS = 17  # cuBLASLt's int8 product refuses fewer
+SCALED_MM_MEMORY = 0.65  # 38 to 48 us up to 16 rows
+SCALED_MM_COMPUTE = 0.85  # 1,190 TFLOP/s with sums of 14 bits; here they are float32
 
 
 def at_least_rows(least: int) -> Need:
-    """The number of rows is known and at least ``least``."""
-
-    def need(p: Problem) -> str | None:
-        found = "an unknown number" if p.m is None else p.m
-        return None if p.m is not None and p.m >= least else f"needs {least} rows, here {found}"
-
-    return need
+    """At least ``least`` rows where their number is known; else ``cost`` has to keep them away."""
+    return lambda p: None if p.m is None or p.m >= least else f"needs {least} rows, here {p.m}"
 
 
 def inner_tiles(k: int) -> int:
@@ -46,9 +50,8 @@ def pack_tinygemm(scheme: Scheme, q: Quantized) -> list[torch.Tensor]:
     Code k = 8 p + 2 r + e of each 32 columns is nibble p + 4 e of the word of lane r; the four
     lanes of a row stand side by side.
     """
-    u = unpack_codes(q.codes, scheme.weight.dtype)
-    if u.dtype == torch.int8:
-        u = (u + 8).to(torch.uint8)
+    dtype = scheme.weight.dtype
+    u = (unpack_codes(q.codes, dtype) - code_range(dtype)[0]).to(torch.uint8)
     n, k = u.shape
     tiles = inner_tiles(k)
     lanes = u.reshape(n // 8, 8, k // (16 * tiles), tiles // 2, 4, 4, 2)
@@ -66,7 +69,8 @@ def unpack_tinygemm(scheme: Scheme, tensors, n: int, k: int) -> Quantized:
     lanes = nibbles.reshape(n // 8, k // (16 * tiles), 8, 4, tiles // 2, 2, 4)
     u = lanes.permute(0, 2, 1, 4, 6, 3, 5).reshape(n, k)
     spec = scheme.weight
-    codes = pack_codes(u.to(torch.int8) - 8 if spec.dtype == torch.int4 else u, spec.dtype)
+    q = u.to(storage_dtype(spec.dtype)) + code_range(spec.dtype)[0]
+    codes = pack_codes(q, spec.dtype)
     scale, zero = (pairs[..., i].t().contiguous() for i in (0, 1))
     return Quantized(codes, scale, None if spec.zero_point_domain == "none" else zero)
 
@@ -75,7 +79,7 @@ TINYGEMM = Layout(name="tinygemm", pack=pack_tinygemm, unpack=unpack_tinygemm)
 
 
 def tinygemm_cost(p: Problem) -> sympy.Expr:
-    return roofline(p, peak="bfloat16", memory=TINYGEMM_MEMORY, compute=TINYGEMM_COMPUTE)
+    return estimate(p, operations="bfloat16", memory=TINYGEMM_MEMORY, compute=TINYGEMM_COMPUTE)
 
 
 @kernel(
@@ -85,7 +89,6 @@ def tinygemm_cost(p: Problem) -> sympy.Expr:
     cost=tinygemm_cost,
     needs=[
         has_feature("sm80"),
-        at_least_rows(1),
         activations_in(torch.bfloat16),
         weight_is("group", "none", "float"),
         grouped(),
@@ -94,6 +97,8 @@ def tinygemm_cost(p: Problem) -> sympy.Expr:
     faults=[{"dtype": torch.float16}, {"n": 12}, {"k": 48}],
 )
 def tinygemm(scheme, x, packed, bias, epilogue):
+    if x.shape[0] == 0:  # an empty grid is a launch failure
+        return x.new_empty(0, packed[1].shape[1])
     words, pairs = packed
     group = scheme.weight.group_size
     y = torch.ops.aten._weight_int4pack_mm.default(x.contiguous(), words, group, pairs)
@@ -101,26 +106,26 @@ def tinygemm(scheme, x, packed, bias, epilogue):
 
 
 def int_mm_cost(p: Problem) -> sympy.Expr:
-    """A second launch where the scales meet the int32 sums."""
-    product = roofline(p, peak="int8", memory=INT_MM_MEMORY, compute=INT_MM_COMPUTE)
-    return product + p.device.launch
+    """Two launches, the second where the scales meet the sums; never chosen for too few rows."""
+    product = estimate(p, operations="int8", memory=INT_MM_MEMORY, compute=INT_MM_COMPUTE)
+    return sympy.Piecewise((sympy.oo, M < INT_MM_ROWS), (product + p.device.launch, True))
 
 
 @kernel(
     families=["w8a8"],
     device="cuda",
-    layout=CHANNEL,
+    layout=LAYOUT,
     cost=int_mm_cost,
     needs=[
         has_feature("sm80"),
-        at_least_rows(17),  # cuBLASLt's int8 product refuses fewer
+        at_least_rows(INT_MM_ROWS),
         activations_in(torch.bfloat16, torch.float16, torch.float32),
         weight_is("channel", "none"),
         input_is("none"),
         multiple_of("k", 8),
         multiple_of("n", 8),
     ],
-    faults=[{"m": 16}, {"n": 12}, {"k": 36}, {"m": None}],
+    faults=[{"m": 16}, {"n": 12}, {"k": 36}],
 )
 def int_mm(scheme, x, packed, bias, epilogue):
     codes, scale, _ = scheme.input.quantize(x)
@@ -130,17 +135,16 @@ def int_mm(scheme, x, packed, bias, epilogue):
 
 
 def scaled_mm_cost(p: Problem) -> sympy.Expr:
-    return roofline(p, peak="float8", memory=SCALED_MM_MEMORY, compute=SCALED_MM_COMPUTE)
+    return estimate(p, operations="float8", memory=SCALED_MM_MEMORY, compute=SCALED_MM_COMPUTE)
 
 
 @kernel(
     families=["wf8af8"],
     device="cuda",
-    layout=CHANNEL,
+    layout=LAYOUT,
     cost=scaled_mm_cost,
     needs=[
         has_feature("sm90"),
-        at_least_rows(1),
         activations_in(torch.bfloat16),  # scales per row and column give bfloat16 only
         weight_is("channel", "none"),
         input_is("none"),
@@ -152,6 +156,8 @@ def scaled_mm_cost(p: Problem) -> sympy.Expr:
 def scaled_mm(scheme, x, packed, bias, epilogue):
     codes, scale, _ = scheme.input.quantize(x)
     weight, weight_scale = packed
+    if x.shape[0] == 0:
+        return x.new_empty(0, weight.shape[0])
     return torch._scaled_mm(
         codes,
         weight.t(),

@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import torch
 
+from .dequantize import LAYOUT
 from .kernel import Problem, activations_in, has_feature, kernel
-from .triton_launch import EPILOGUES, has_triton, input_is, roofline, weight_is
-from .triton_w8a8 import CHANNEL
+from .triton_launch import EPILOGUES, estimate, has_triton, input_is, weight_is
 
-MEMORY = 0.45  # as for int8
-COMPUTE = 0.45  # of the float8 peak: sums leave the tensor core after every step
+MEMORY = 0.65  # of the bandwidth, as for int8
+COMPUTE = 0.80  # of the float8 rate: sums leave the tensor core after every step
 
 
 def cost(p: Problem):
-    return roofline(p, peak="float8", memory=MEMORY, compute=COMPUTE)
+    return estimate(p, operations="float8", memory=MEMORY, compute=COMPUTE)
 
 
 @kernel(
     families=["wf8af8"],
     device="cuda",
-    layout=CHANNEL,
+    layout=LAYOUT,
     cost=cost,
     needs=[
         has_triton,

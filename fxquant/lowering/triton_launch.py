@@ -12,11 +12,9 @@ from typing import Any, NamedTuple
 import sympy
 import torch
 
+from .cost import roofline
 from .kernel import Need, Problem
-from .kernel import M as ROWS
 
-triton: Any
-tl: Any
 try:
     import triton
     import triton.language as tl
@@ -24,7 +22,7 @@ try:
     HAS_TRITON = True
     INTERPRET = bool(triton.knobs.runtime.interpret)
 except ImportError:
-    triton = tl = None
+    triton = tl = None  # type: ignore[assignment]
     HAS_TRITON = INTERPRET = False
 
 LIBRARY = torch.library.Library("fxquant", "FRAGMENT")
@@ -71,7 +69,7 @@ def activate(y, EPILOGUE: tl.constexpr):
 
 @jit
 def tile_of(pid, tiles_m, tiles_n):
-    """The (row, column) tile of program ``pid``: eight rows of tiles at a time share weights in L2."""
+    """The (row, column) tile of program ``pid``: eight rows of tiles share weights in L2."""
     band = 8 * tiles_n
     first = pid // band * 8
     height = tl.minimum(tiles_m - first, 8)
@@ -131,7 +129,7 @@ def has_triton(p: Problem) -> str | None:
 
 
 def weight_is(granularity: str, *domains: str) -> Need:
-    """The weight has qparams per channel or group, and its zero point lives in one of ``domains``."""
+    """The weight is quantized per ``granularity``, its zero point in one of ``domains``."""
 
     def need(p: Problem) -> str | None:
         w = p.scheme.weight
@@ -171,11 +169,8 @@ def weight_bytes(p: Problem) -> float:
     return p.n * p.k * w.bits / 8 + blocks * per_block
 
 
-def roofline(p: Problem, *, peak: str, memory: float, compute: float) -> sympy.Expr:
-    """Seconds of one launch that reaches the fractions ``memory`` of the device's bandwidth and
-    ``compute`` of its peak in ``peak`` operations."""
-    x_bytes = p.scheme.input.bits // 8 if p.scheme.input else p.dtype.itemsize
-    moved = weight_bytes(p) + ROWS * (p.k * x_bytes + p.n * p.dtype.itemsize)
-    work = 2 * ROWS * p.n * p.k
-    limits = (moved / (p.device.bandwidth * memory), work / (p.device.peak[peak] * compute))
-    return p.device.launch + sympy.Max(*limits)
+def estimate(p: Problem, *, operations: str, memory: float, compute: float) -> sympy.Expr:
+    """Seconds of one launch that reads the weight at the fraction ``memory`` of the device's
+    bandwidth and does its ``operations`` at the fraction ``compute`` of their peak."""
+    moved = weight_bytes(p) / memory
+    return roofline(p, weight_bytes=moved, operations=operations, efficiency=compute)

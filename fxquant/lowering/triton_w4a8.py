@@ -13,11 +13,11 @@ import torch
 from ..affine import unpack_codes
 from ..scheme import Quantized, Scheme
 from .kernel import Layout, Problem, activations_in, has_feature, kernel
-from .triton_launch import EPILOGUES, has_triton, input_is, roofline, weight_is
+from .triton_launch import EPILOGUES, estimate, has_triton, input_is, weight_is
 from .triton_w4a16 import grouped
 
-MEMORY = 0.40  # of the bandwidth, as for 16-bit activations
-COMPUTE = 0.20  # of the int8 peak: every group of the int32 sum is converted and scaled
+MEMORY = 0.35  # of the bandwidth, as for 16-bit activations
+COMPUTE = 0.25  # of the int8 rate: every group of the int32 sum is converted and scaled
 
 
 def pack(scheme: Scheme, q: Quantized) -> list[torch.Tensor]:
@@ -36,7 +36,7 @@ GROUPED_SUM = Layout(name="grouped_sum", pack=pack, unpack=unpack)
 
 
 def cost(p: Problem):
-    return roofline(p, peak="int8", memory=MEMORY, compute=COMPUTE)
+    return estimate(p, operations="int8", memory=MEMORY, compute=COMPUTE)
 
 
 @kernel(

@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import torch
 
+from .dequantize import LAYOUT
 from .kernel import Problem, activations_in, has_feature, kernel
-from .triton_launch import EPILOGUES, has_triton, roofline, weight_is
-from .triton_w8a8 import CHANNEL
+from .triton_launch import EPILOGUES, estimate, has_triton, weight_is
 
-MEMORY = 0.50  # of the bandwidth: the conversion of the codes sets the pace, 2.4 of 4.8 TB/s
-COMPUTE = 0.35  # of the bfloat16 peak: the weight passes through registers
+MEMORY = 0.60  # of the bandwidth: the conversion of the codes sets the pace, 2.4 to 2.7 TB/s
+COMPUTE = 0.50  # of the bfloat16 rate: the weight passes through registers
 
 
 def cost(p: Problem):
-    return roofline(p, peak="bfloat16", memory=MEMORY, compute=COMPUTE)
+    return estimate(p, operations="bfloat16", memory=MEMORY, compute=COMPUTE)
 
 
 def _linear(scheme, x, packed, bias, epilogue):
@@ -28,7 +28,7 @@ def _linear(scheme, x, packed, bias, epilogue):
 @kernel(
     families=["w8a16"],
     device="cuda",
-    layout=CHANNEL,
+    layout=LAYOUT,
     cost=cost,
     needs=[
         has_triton,
@@ -46,7 +46,7 @@ def triton_w8a16(scheme, x, packed, bias, epilogue):
 @kernel(
     families=["wf8a16"],
     device="cuda",
-    layout=CHANNEL,
+    layout=LAYOUT,
     cost=cost,
     needs=[
         has_triton,

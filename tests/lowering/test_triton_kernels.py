@@ -62,9 +62,7 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def problem(scheme: str, m: int | None, n: int, k: int, dtype: torch.dtype) -> Problem:
-    return Problem(
-        scheme=get_scheme(scheme), n=n, k=k, m=m, dtype=dtype, bias=False, device=HOPPER
-    )
+    return Problem(scheme=get_scheme(scheme), n=n, k=k, m=m, dtype=dtype, bias=False, device=HOPPER)
 
 
 def shapes(scheme: str) -> list[tuple[int, int]]:
@@ -246,7 +244,9 @@ def test_traces_with_symbolic_rows(name: str, scheme: str) -> None:
 @pytest.mark.parametrize("name", sorted({name for name, _ in CASES} | {"tinygemm", "scaled_mm"}))
 def test_faults_are_refused(name: str) -> None:
     kernel = KERNELS[name]
-    scheme = next(s for k, s in [*CASES, ("tinygemm", "int4wo-32"), ("scaled_mm", "fp8dq")] if k == name)
+    scheme = next(
+        s for k, s in [*CASES, ("tinygemm", "int4wo-32"), ("scaled_mm", "fp8dq")] if k == name
+    )
     good = dict(scheme=scheme, m=64, n=64, k=256, dtype=torch.bfloat16)
     assert kernel.refusal(problem(**good)) is None
     for fault in kernel.faults:
