@@ -24,7 +24,7 @@ from .errors import (
     NotQuantized,
     RecipeConflict,
 )
-from .graph import Layer, fetch, is_folded, layers, parameters
+from .graph import Layer, fetch, is_folded, layers, parameters, replace
 from .inductor import compile_graph
 from .modules import QuantLinear
 from .passes import pipeline
@@ -40,15 +40,19 @@ class Rewritten:
 
     kept: positions of the original inputs that it still takes, in order. folded: the memoized
     submodules with the positions of the parameters each is called with; their outputs follow.
+    constants: tensors that tracing made (a table of positions, say); they come last.
     """
 
     gm: fx.GraphModule
     kept: list[int]
     folded: list[tuple[Folded, list[int]]]
+    constants: list[torch.Tensor]
     layers: dict[str, Layer]
 
-    def packed(self, args: Sequence[Any]) -> list[torch.Tensor]:
-        return [t for module, where in self.folded for t in module(*[args[i] for i in where])]
+    def extras(self, args: Sequence[Any]) -> list[torch.Tensor]:
+        """What the graph takes besides its original inputs, for a call with ``args``."""
+        found = [t for module, where in self.folded for t in module(*[args[i] for i in where])]
+        return found + self.constants
 
 
 def fxquant_backend(
@@ -71,9 +75,9 @@ def fxquant_backend(
     if rewritten is None:
         return compile_graph(gm, gm, example_inputs, [], config.inductor, tag)
     inputs = [example_inputs[i] for i in rewritten.kept]
-    packed = rewritten.packed(example_inputs)
+    extras = rewritten.extras(example_inputs)
     started = time.perf_counter()
-    compiled = compile_graph(rewritten.gm, gm, inputs, packed, config.inductor, tag)
+    compiled = compile_graph(rewritten.gm, gm, inputs, extras, config.inductor, tag)
     log.info("Inductor took %.1f s", time.perf_counter() - started)
     return Runner(compiled, rewritten, _watch(gm, example_inputs, config, rewritten.layers))
 
@@ -84,16 +88,13 @@ class Runner:
     def __init__(self, compiled: Callable[..., Any], rewritten: Rewritten, watch: Watch | None):
         self.compiled = compiled
         self.kept = rewritten.kept
-        self.folded = rewritten.folded
+        self.extras = rewritten.extras
         self.watch = watch
 
     def __call__(self, *args: Any) -> Any:
         if self.watch is not None:
             self.watch(args)
-        inputs = [args[i] for i in self.kept]
-        for module, where in self.folded:
-            inputs.extend(module(*[args[i] for i in where]))
-        return self.compiled(*inputs)
+        return self.compiled(*[args[i] for i in self.kept], *self.extras(args))
 
 
 class Watch:
@@ -246,7 +247,7 @@ def _refuse_gradients(gm: fx.GraphModule, inputs: Sequence[Any]) -> None:
 
 
 def lift(gm: fx.GraphModule, found: dict[str, Layer]) -> Rewritten:
-    """Folded submodules become inputs, and parameters that only they read are dropped."""
+    """Folded submodules and constants become inputs, and parameters that only they read are dropped."""
     placeholders = gm.graph.find_nodes(op="placeholder")
     position = {node: i for i, node in enumerate(placeholders)}
     known = parameters(gm)
@@ -265,6 +266,15 @@ def lift(gm: fx.GraphModule, found: dict[str, Layer]) -> Rewritten:
                 gm.graph.erase_node(outputs[i])
         gm.graph.erase_node(node)
         gm.delete_submodule(str(node.target))
+    constants = []
+    for node in gm.graph.find_nodes(op="get_attr"):
+        tensor = fetch(gm, str(node.target))
+        if isinstance(tensor, torch.Tensor):
+            constants.append(tensor)
+            with gm.graph.inserting_after(last):
+                last = gm.graph.placeholder(f"constant_{len(constants)}")
+            last.meta["val"] = node.meta["val"]
+            replace(node, last)
     kept = []
     for i, node in enumerate(placeholders):
         if node in known and not node.users:
@@ -273,7 +283,7 @@ def lift(gm: fx.GraphModule, found: dict[str, Layer]) -> Rewritten:
             kept.append(i)
     gm.graph.lint()
     gm.recompile()
-    return Rewritten(gm, kept, folded, found)
+    return Rewritten(gm, kept, folded, constants, found)
 
 
 @lru_cache

@@ -67,7 +67,9 @@ def _outermost_module(frame: FrameType | None) -> nn.Module | None:
     """The outermost module on the call stack: the model, whatever part of it is being compiled."""
     found = None
     while frame is not None:
-        owner = frame.f_locals.get("self")
+        # reading f_locals keeps what a frame's names refer to alive: only methods are looked at
+        is_method = frame.f_code.co_argcount > 0 and frame.f_code.co_varnames[0] == "self"
+        owner = frame.f_locals.get("self") if is_method else None
         if isinstance(owner, nn.Module) and not isinstance(owner, fx.GraphModule):
             found = owner
         frame = frame.f_back

@@ -12,7 +12,7 @@ import torch
 from torch import fx
 from torch.fx.node import map_arg
 
-from .inductor import FakeTensor, HigherOrderOperator, tree_leaves
+from .inductor import FakeTensor, HigherOrderOperator, tree_leaves, tree_map
 
 STAGES = ("captured", "float", "observed", "reference", "fused", "lowered")
 
@@ -93,8 +93,15 @@ def evaluate(node: fx.Node) -> Any:
     mode = next((v.fake_mode for v in _tensors((args, kwargs))), None)
     if mode is None:
         return node.target(*args, **kwargs)  # type: ignore[operator]
+    args, kwargs = tree_map(lambda v: _fake(mode, v), (args, kwargs))
     with mode, torch.no_grad():
         return node.target(*args, **kwargs)  # type: ignore[operator]
+
+
+def _fake(mode: Any, value: Any) -> Any:
+    """Constants that tracing made are real tensors: a fake of each."""
+    real = isinstance(value, torch.Tensor) and not isinstance(value, FakeTensor)
+    return mode.from_tensor(value, static_shapes=True) if real else value
 
 
 def _tensors(tree: Any) -> Iterator[Any]:

@@ -82,7 +82,7 @@ NUMBER = st.floats(-(2.0**100), 2.0**100, width=32) | st.floats(-4, 4, width=32)
 COUNT_AND_EXTENT = st.tuples(st.integers(1, 2), st.integers(1, 4))
 
 
-@settings(max_examples=200, derandomize=True, deadline=None)
+@settings(max_examples=500, derandomize=True, deadline=None)
 @given(data=st.data(), rows=COUNT_AND_EXTENT, columns=COUNT_AND_EXTENT, case=st.sampled_from(EVERY))
 def test_laws(data, rows, columns, case):
     """Codes in range and in the values' order; errors within half a step; requantizing is exact."""
@@ -98,8 +98,11 @@ def test_laws(data, rows, columns, case):
     lowest, highest = code_range(dtype)
     plain = codes.double()
     assert lowest <= plain.min() and plain.max() <= highest
-    parts = zip(each_block(x.double(), block), each_block(plain, block), each_block(values, block))
-    for (index, part), (_, code), (_, value) in parts:
+    domain = form["zero_point_domain"]
+    again = quantize_affine(values, block, scale.double(), zero, dtype, zero_point_domain=domain)
+    tensors = (x.double(), plain, values, again.double())
+    for (index, part), *rest in zip(*(each_block(t, block) for t in tensors), strict=True):
+        code, value, recoded = (values_of for _, values_of in rest)
         step = scale[index].double()
         slack = 4 * EPS * (part.abs().max() + step)
         reach = step / 2
@@ -114,10 +117,8 @@ def test_laws(data, rows, columns, case):
         assert (code.flatten()[part.flatten().argsort()].diff() >= 0).all()
         if scale_dtype == torch.float32:  # with it, the ends lose what rounding a zero point costs
             assert (error <= 2 * reach + slack).all()
-
-    domain = form["zero_point_domain"]
-    again = quantize_affine(values, block, scale.double(), zero, dtype, zero_point_domain=domain)
-    same(again, codes)
+        if part.abs().max() < 2**40 * step:  # else a step is too small a part of float64's digits
+            assert torch.equal(recoded, code)
 
 
 @pytest.mark.parametrize("dtype, form", EVERY, ids=name)
