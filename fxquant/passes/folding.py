@@ -36,7 +36,12 @@ def fold_qparams(gm: fx.GraphModule) -> bool:
 
 
 def fold(gm: fx.GraphModule) -> bool:
-    """Move every constant ``quantize`` and ``pack`` into a memoized submodule."""
+    """Move every constant ``quantize`` and ``pack`` into a memoized submodule.
+
+    The body of a cond or a loop keeps its own until the graph around it hoists them.
+    """
+    if gm.meta.get("fxquant_body"):
+        return False
     changed = hoist(gm)
     constant = constants(gm)
     first = next((n for n in gm.graph.nodes if n.op not in ("placeholder", "get_attr")), None)
@@ -124,15 +129,16 @@ def hoist(gm: fx.GraphModule) -> bool:
     """Bring constant ``quantize`` and ``pack`` nodes out of the bodies of cond, loops and regions."""
     changed = False
     for node in list(gm.graph.nodes):
-        calls = list(calls_of(gm, node))
-        for body, operands in calls:
+        bodies = [body for body, _ in calls_of(gm, node)]
+        for i, body in enumerate(bodies):
             changed |= hoist(body)
             constant = constants(body)
+            _, operands = list(calls_of(gm, node))[i]  # hoisting from one body adds to all
             bound: dict[fx.Node, Any] = dict(
                 zip(body.graph.find_nodes(op="placeholder"), operands, strict=True)
             )
             for target in [n for n in body.graph.nodes if _foldable(n) and n in constant]:
-                _hoist_one(gm, node, body, [b for b, _ in calls], target, bound)
+                _hoist_one(gm, node, body, bodies, target, bound)
                 changed = True
             body.recompile()
     return changed

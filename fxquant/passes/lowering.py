@@ -36,8 +36,7 @@ def lower(*, strict: bool = False) -> Pass:
         for node in nodes:
             if node.args[1] in constant:
                 _lower_one(gm, node, packed, strict)
-        if not gm.meta.get("fxquant_body"):
-            fold(gm)
+        fold(gm)
         return bool(nodes)
 
     return Pass(rewrite, requires=("fused",), ensures="lowered", name="lower")
