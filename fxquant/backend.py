@@ -217,22 +217,22 @@ def _check_rules(recipe: Recipe, found: dict[str, Layer]) -> None:
 
 
 def linears_of(roots: Sequence[nn.Module]) -> list[Layer]:
-    """Everything in the models that owns a two-dimensional weight, as layers."""
+    """Everything in the models that owns a two-dimensional weight, quantized or not, as layers."""
     found = []
     for root in roots:
         for name, module in root.named_modules():
-            for key, weight in module.named_parameters(recurse=False):
-                if weight.dim() == 2:
-                    path = f"{name}.{key}".lstrip(".").removesuffix(".weight")
-                    kind = f"{type(module).__module__}.{type(module).__qualname__}"
-                    out_features, in_features = weight.shape
+            kind = f"{type(module).__module__}.{type(module).__qualname__}"
+            shapes = {
+                f"{name}.{key}".lstrip(".").removesuffix(".weight"): tuple(weight.shape)
+                for key, weight in module.named_parameters(recurse=False)
+            }
+            if isinstance(module, QuantLinear):
+                shapes = {name: (module.out_features, module.in_features)}
+            for path, shape in shapes.items():
+                if len(shape) == 2:
+                    out, into = shape
                     found.append(
-                        Layer(
-                            name=path,
-                            module_type=kind,
-                            in_features=in_features,
-                            out_features=out_features,
-                        )
+                        Layer(name=path, module_type=kind, in_features=into, out_features=out)
                     )
     return found
 

@@ -195,7 +195,7 @@ def name_layer(gm: fx.GraphModule, node: fx.Node, weight_parameters: frozenset[s
     if path and not owned and kind.endswith("Linear"):  # tied: the weight is named after its first user
         return path
     first = owned[0] if owned else names[0]
-    return first.removesuffix(".weight")
+    return re.sub(r"\.(weight|_codes)$", "", first)
 
 
 __all__ = ["NAMES", "from_dynamo", "from_export", "learn_names", "name_layer", "parameters", "trace"]

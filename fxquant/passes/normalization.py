@@ -12,6 +12,7 @@ from ..graph import Layer, constants, emit, layers, note, replace, value
 from .base import rewrites
 
 aten = torch.ops.aten
+ops = torch.ops.fxquant
 
 TRANSPOSES = (aten.t.default, aten.numpy_T.default, aten.mT.default, aten.adjoint.default)
 PRODUCTS = (aten.matmul.default, aten.mm.default, aten.addmm.default)
@@ -35,6 +36,8 @@ def normalize(gm: fx.GraphModule) -> bool:
         if node is not None and node.target is aten.linear.default:
             changed |= _explicit_casts(gm, node)
             _register(gm, node, constants(gm) if changed else constant)
+        elif node is not None and node.target is ops.linear.default:
+            _register_quantized(gm, node, constant)
     return changed
 
 
@@ -107,3 +110,19 @@ def _register(gm: fx.GraphModule, node: fx.Node, constant: dict[fx.Node, frozens
     note(node)["layer"] = name
     if weight not in constant:
         known[name].reason = "its weight is not a parameter or a buffer"
+
+
+def _register_quantized(gm: fx.GraphModule, node: fx.Node, constant: Any) -> None:
+    """A QuantLinear of the user's model is a layer that has its scheme already."""
+    x, codes = node.args[:2]
+    name = name_layer(gm, node, constant.get(codes, frozenset()))
+    layer = Layer(
+        name=name,
+        module_type=note(node).get("type", ""),
+        in_features=int(value(x).shape[-1]),
+        out_features=int(value(codes).shape[0]),
+        scheme=str(node.args[5]),
+        uses=layers(gm)[name].uses + 1 if name in layers(gm) else 1,
+    )
+    layers(gm)[name] = layer
+    note(node)["layer"] = name
