@@ -1,7 +1,7 @@
 """The CUDA kernels: on a GPU where there is one, else Triton's under its interpreter on the CPU.
 
 On the CPU the shapes are small and each (kernel, scheme, rows) meets one shape, type and bias in
-turn; on a GPU it meets them all, and larger ones.
+turn; on a GPU it meets them all, and larger ones in turn.
 """
 
 from __future__ import annotations
@@ -69,10 +69,14 @@ def shapes(scheme: str) -> list[tuple[int, int]]:
     """(N, K): odd, prime, single, divisible by every tile, one step and many."""
     group = get_scheme(scheme).weight.group_size
     if group:
-        small = [(37, group), (64, 2 * group), (19, 3 * group), (1, group)]
-        return small + ([(1000, 1024), (131, 3840), (2560, 2560)] if DEVICE == "cuda" else [])
-    small = [(37, 101), (64, 512), (19, 331), (1, 48), (136, 80)]
-    return small + ([(1000, 1024), (131, 3841), (2560, 4864)] if DEVICE == "cuda" else [])
+        return [(37, group), (64, 2 * group), (19, 3 * group), (1, group)]
+    return [(37, 101), (64, 512), (19, 331), (1, 48), (136, 80)]
+
+
+def large(scheme: str) -> list[tuple[int, int]]:
+    if get_scheme(scheme).weight.group_size:
+        return [(1000, 1024), (131, 3840), (2560, 2560)]
+    return [(1000, 1024), (131, 3841), (2560, 4864)]
 
 
 def problems(kernel: Kernel, scheme: str, m: int) -> list[tuple[int, int, torch.dtype, bool]]:
@@ -82,7 +86,13 @@ def problems(kernel: Kernel, scheme: str, m: int) -> list[tuple[int, int, torch.
         for (n, k), dtype, bias in itertools.product(shapes(scheme), DTYPES, (True, False))
         if kernel.refusal(problem(scheme, m, n, k, dtype)) is None
     ]
-    return every if DEVICE == "cuda" else every[m % 7 :: 13]
+    if DEVICE == "cpu":
+        return every[m % 7 :: 13]
+    return every + [
+        (n, k, torch.bfloat16, m % 2 == 0)
+        for n, k in large(scheme)[m % 3 :: 3]
+        if kernel.refusal(problem(scheme, m, n, k, torch.bfloat16)) is None
+    ]
 
 
 @pytest.mark.parametrize("m", ROWS)
