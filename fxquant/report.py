@@ -33,6 +33,11 @@ class Report:
     def float(self) -> list[Layer]:
         return [layer for layer in self.layers if not layer.scheme]
 
+    @property
+    def saved_bytes(self) -> float:
+        """Bytes of float weights less bytes of codes and qparams, a shared weight counted once."""
+        return sum(_float_bytes(layer) - _bytes(layer) for layer in self.quantized)
+
     def __getitem__(self, name: str) -> Layer:
         return next(layer for layer in self.layers if layer.name == name)
 

@@ -1,0 +1,5 @@
+"""``python -m fxquant``."""
+
+from .cli import main
+
+raise SystemExit(main())
