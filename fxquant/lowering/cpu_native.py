@@ -1,0 +1,296 @@
+"""Any integer or float8 weight on the CPU, by the C++ kernels of ``native/``: one op, two kernels.
+
+    y[m, n] = act(x_scale[m] * (sum_g scale[n, g] * sum_k x[m, k] * q[n, k]
+                                + corrections for the zero points) + bias[n])
+
+With quantized activations the inner sum is exact, in integers; with float ones it is in float32,
+and the activations are used as they are. Each element is summed in one order, so a row's result
+depends neither on the other rows nor on the number of threads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache, reduce
+from operator import or_
+
+import torch
+
+from ..errors import InvalidOption, ShapeMismatch, UnsupportedDtype
+from ..scheme import Quantized, Scheme, get_scheme
+from . import native
+from .cost import roofline
+from .kernel import Layout, Problem, activations_in, kernel
+
+PANEL = 64
+"""Output channels that are stored together, and computed together: four vectors of 16."""
+
+FORMATS = {8: 0, "f8": 1, 4: 2, 2: 3}
+ACTIVATIONS = {"": 0, "relu": 1, "gelu": 2, "gelu_tanh": 3, "silu": 4}
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}
+
+
+# Layout ------------------------------------------------------------------------------------------
+
+
+def _places(bits: int, integer: bool) -> list[int]:
+    """The bit of a 32-bit lane at which each of its ``32 / bits`` codes starts (engines.h, place)."""
+    if bits == 8:
+        return [0, 8, 16, 24]
+    if integer:  # the low nibbles of four bytes are four consecutive codes, then the high ones
+        return [8 * (k % 4) + 4 * (k // 4) for k in range(32 // bits)]
+    return [16 * (k % 2) + bits * (k // 2) for k in range(32 // bits)]
+
+
+def _to_panels(rows: torch.Tensor) -> torch.Tensor:
+    """[n, steps, ...] with the panels one after the other, each [steps, channels, ...]; same shape."""
+    whole = rows.shape[0] // PANEL * PANEL
+    panels = rows[:whole].reshape(-1, PANEL, *rows.shape[1:]).transpose(1, 2)
+    flat = torch.cat([panels.flatten(), rows[whole:].transpose(0, 1).flatten()])
+    return flat.reshape(rows.shape)
+
+
+def _from_panels(rows: torch.Tensor) -> torch.Tensor:
+    """The inverse of ``_to_panels``."""
+    n, steps, *rest = rows.shape
+    whole = n // PANEL * PANEL
+    panels = rows[:whole].reshape(-1, steps, PANEL, *rest).transpose(1, 2)
+    tail = rows[whole:].reshape(steps, n - whole, *rest).transpose(0, 1)
+    return torch.cat([panels.reshape(whole, steps, *rest), tail])
+
+
+def _offset(scheme: Scheme) -> int:
+    """Codes are stored unsigned: 8-bit integers with their sign bit flipped."""
+    return 0x80 if scheme.weight.dtype == torch.int8 else 0
+
+
+def pack(scheme: Scheme, q: Quantized) -> list[torch.Tensor]:
+    """Canonical codes and qparams as [weight, scale] and, where there is one, zero or weight_sum.
+
+    weight: uint8 [n, steps, 4], in panels: for 64 channels at a time [steps, channels, 4], a lane
+    of 4 bytes holding the next 32 / bits codes of the channel (zero beyond k). scale: float32 [n],
+    or bfloat16 [n, groups] in panels; zero like it. weight_sum: float32 [n], the sum of the
+    dequantized channel, by which asymmetric activations are corrected.
+    """
+    bits, spec = scheme.weight.bits, scheme.weight
+    stored = q.codes.view(torch.uint8)
+    codes = torch.stack([(stored >> shift) & (2**bits - 1) for shift in range(0, 8, bits)], -1)
+    codes = codes.flatten(-2) ^ _offset(scheme)
+    codes = torch.nn.functional.pad(codes, (0, -codes.shape[1] % (32 // bits)))
+    octets: list[list[torch.Tensor]] = [[], [], [], []]
+    lanes = codes.reshape(codes.shape[0], -1, 32 // bits).unbind(-1)
+    for code, place in zip(lanes, _places(bits, scheme.input is not None), strict=True):
+        octets[place // 8].append(code << (place % 8))
+    weight = _to_panels(torch.stack([reduce(or_, parts) for parts in octets], -1))
+    if spec.group_size is None:
+        return [weight, q.scale[:, 0].clone()]
+    packed = [weight, *(_to_panels(t) for t in (q.scale, q.zero) if t is not None)]
+    if scheme.input is not None:
+        packed.append(spec.dequantize(q, torch.float64).sum(1).float())
+    return packed
+
+
+def unpack(scheme: Scheme, packed: Sequence[torch.Tensor], n: int, k: int) -> Quantized:
+    """The canonical codes [n, k * bits / 8] and qparams [n, groups], bit for bit."""
+    bits, spec = scheme.weight.bits, scheme.weight
+    octets = _from_panels(packed[0]).unbind(-1)
+    places = _places(bits, scheme.input is not None)
+    lanes = torch.stack([(octets[p // 8] >> (p % 8)) & (2**bits - 1) for p in places], -1)
+    codes = (lanes.flatten(1)[:, :k] ^ _offset(scheme)).reshape(n, -1, 8 // bits).unbind(-1)
+    stored = reduce(or_, [code << (bits * i) for i, code in enumerate(codes)])
+    if bits == 8:
+        stored = stored.view(spec.dtype)
+    if spec.group_size is None:
+        return Quantized(stored, packed[1].unsqueeze(1), None)
+    has_zero = spec.zero_point_domain == "float"
+    return Quantized(
+        stored, _from_panels(packed[1]), _from_panels(packed[2]) if has_zero else None
+    )
+
+
+LAYOUT = Layout(name="panels", pack=pack, unpack=unpack)
+
+
+# Op ----------------------------------------------------------------------------------------------
+
+LIBRARY = torch.library.Library("fxquant", "FRAGMENT")
+LIBRARY.define(
+    "native_linear(Tensor x, Tensor? x_scale, Tensor? x_zero, Tensor[] packed, Tensor? bias,"
+    " str scheme, int n, str epilogue, ScalarType dtype) -> Tensor"
+)
+
+
+@lru_cache(maxsize=256)
+def _expected(name: str, n: int, k: int) -> tuple[int, int, bool, tuple[tuple, ...]]:
+    """Format, groups, whether x is int8, and (what, dtype, shape) of each packed tensor."""
+    scheme = get_scheme(name)
+    spec = scheme.weight
+    if spec.group_size is not None and k % spec.group_size:
+        raise ShapeMismatch(what="x", found=("M", k), expected=f"(M, multiple of {spec.group_size})")
+    groups = 1 if spec.group_size is None else k // spec.group_size
+    steps = -(-k // (32 // spec.bits))
+    rows = (n,) if spec.group_size is None else (n, groups)
+    tensors: list[tuple] = [("weight", torch.uint8, (n, steps, 4))]
+    tensors.append(("scale", spec.scale_dtype, rows))
+    if spec.zero_point_domain == "float":
+        tensors.append(("zero", spec.scale_dtype, rows))
+    if scheme.input is not None and spec.group_size is not None:
+        tensors.append(("weight_sum", torch.float32, (n,)))
+    integer = scheme.input is not None and scheme.input.dtype == torch.int8
+    kind = "f8" if spec.dtype.is_floating_point else spec.bits
+    return FORMATS[kind], groups, integer, tuple(tensors)
+
+
+def _check(what: str, t: torch.Tensor, dtypes: Sequence[torch.dtype], shape: tuple) -> torch.Tensor:
+    """``t`` as the kernel may read it. Raises ShapeMismatch, UnsupportedDtype."""
+    if t.shape != shape:
+        raise ShapeMismatch(what=what, found=tuple(t.shape), expected=shape)
+    if t.dtype not in dtypes or t.device.type != "cpu":
+        choices = ", ".join(f"{dtype} on cpu" for dtype in dtypes)
+        raise UnsupportedDtype(layer=what, dtype=f"{t.dtype} on {t.device}", choices=choices)
+    return t.contiguous()
+
+
+_REAL = (torch.float32, torch.bfloat16, torch.float16)
+_INT8, _INT32, _FLOAT32 = (torch.int8,), (torch.int32,), (torch.float32,)
+
+
+def native_linear(
+    x: torch.Tensor,
+    x_scale: torch.Tensor | None,
+    x_zero: torch.Tensor | None,
+    packed: Sequence[torch.Tensor],
+    bias: torch.Tensor | None,
+    scheme: str,
+    n: int,
+    epilogue: str,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """y [m, n] of ``dtype`` (float32, bfloat16, float16), contiguous.
+
+    x: [m, k], int8 with x_scale float32 [m, 1] and x_zero int32 [m, 1] or None where the scheme
+    quantizes activations to int8; else any of the three types. packed: as ``pack`` returns it.
+    bias: [n]. epilogue: one of ACTIVATIONS.
+
+    Raises ShapeMismatch, UnsupportedDtype, InvalidOption, BuildFailed.
+    """
+    if x.dim() != 2:
+        raise ShapeMismatch(what="x", found=tuple(x.shape), expected="(M, K)")
+    m, k = x.shape
+    form, groups, integer, expected = _expected(scheme, n, k)
+    x = _check("x", x, _INT8 if integer else _REAL, (m, k))
+    if len(packed) != len(expected):
+        raise ShapeMismatch(
+            what="packed", found=f"{len(packed)} tensors", expected=[e[0] for e in expected]
+        )
+    if (integer and x_scale is None) or (x_zero is None) != (len(expected) < 3 or not integer):
+        raise InvalidOption(
+            name="x_scale, x_zero", value=(x_scale, x_zero), expected=f"those of {scheme}"
+        )
+    if epilogue not in ACTIVATIONS:
+        raise InvalidOption(name="epilogue", value=epilogue, expected=f"one of {[*ACTIVATIONS]}")
+    if dtype not in _REAL:
+        raise UnsupportedDtype(layer="y", dtype=dtype, choices=", ".join(map(str, _REAL)))
+    tensors = {
+        what: _check(what, t, (of,), shape)
+        for t, (what, of, shape) in zip(packed, expected, strict=True)
+    }
+    if x_scale is not None:
+        x_scale = _check("x_scale", x_scale, _FLOAT32, (m, 1))
+    if x_zero is not None:
+        x_zero = _check("x_zero", x_zero, _INT32, (m, 1))
+    if bias is not None:
+        bias = _check("bias", bias, _REAL, (n,))
+    y = torch.empty(m, n, dtype=dtype)
+    if y.numel() == 0:
+        return y
+    zero, weight_sum = tensors.get("zero"), tensors.get("weight_sum")
+    failed = native.library()(
+        m,
+        n,
+        k,
+        groups,
+        form,
+        ACTIVATIONS[epilogue],
+        torch.get_num_threads(),
+        x.data_ptr(),
+        DTYPES[x.dtype],
+        None if x_scale is None else x_scale.data_ptr(),
+        None if x_zero is None else x_zero.data_ptr(),
+        tensors["weight"].data_ptr(),
+        tensors["scale"].data_ptr(),
+        None if zero is None else zero.data_ptr(),
+        None if weight_sum is None else weight_sum.data_ptr(),
+        None if bias is None else bias.data_ptr(),
+        0 if bias is None else DTYPES[bias.dtype],
+        y.data_ptr(),
+        DTYPES[dtype],
+    )
+    if failed:
+        raise MemoryError(f"native_linear: no memory for the activations, {m} x {k}")
+    return y
+
+
+LIBRARY.impl("native_linear", native_linear, "CPU")
+
+
+@torch.library.register_fake("fxquant::native_linear", lib=LIBRARY)
+def _fake(x, x_scale, x_zero, packed, bias, scheme, n, epilogue, dtype):
+    return x.new_empty(x.shape[0], n, dtype=dtype)
+
+
+# Kernels -----------------------------------------------------------------------------------------
+
+
+def _needs_build(problem: Problem) -> str | None:
+    return native.refusal()
+
+
+def _int32_suffices(problem: Problem) -> str | None:
+    """|sum| <= k * 128 * 128 must stay below 2**31."""
+    return None if problem.k < 2**17 else f"k = {problem.k}: an int32 sum holds k below {2**17}"
+
+
+def _cost(problem: Problem):
+    spec = problem.scheme.weight
+    return roofline(
+        problem,
+        weight_bytes=problem.n * problem.k * spec.bits / 8,
+        operations="int8" if problem.scheme.input is not None else "bfloat16",
+    )
+
+
+_EPILOGUES = [name for name in ACTIVATIONS if name]
+
+
+@kernel(
+    families=("w8a8", "w4a8"),
+    device="cpu",
+    layout=LAYOUT,
+    cost=_cost,
+    needs=(_needs_build, activations_in(*_REAL), _int32_suffices),
+    epilogues=_EPILOGUES,
+)
+def native_integer(scheme, x, packed, bias, epilogue):
+    """Activations quantized per token in plain ops, which Inductor fuses into what produced x."""
+    codes, scale, zero = scheme.input.quantize(x)
+    n = packed[0].shape[0]
+    return torch.ops.fxquant.native_linear(
+        codes, scale, zero, packed, bias, scheme.name, n, epilogue, x.dtype
+    )
+
+
+@kernel(
+    families=("w8a16", "w4a16", "w2a16", "wf8a16"),
+    device="cpu",
+    layout=LAYOUT,
+    cost=_cost,
+    needs=(_needs_build, activations_in(*_REAL)),
+    epilogues=_EPILOGUES,
+)
+def native_float(scheme, x, packed, bias, epilogue):
+    """Activations as they are; the weight is dequantized in registers."""
+    n = packed[0].shape[0]
+    return torch.ops.fxquant.native_linear(
+        x, None, None, packed, bias, scheme.name, n, epilogue, x.dtype
+    )
