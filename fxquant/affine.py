@@ -87,9 +87,8 @@ class _Blocks:
         self.counts: list[int] = []  # blocks along each dimension: the shape of a scale
         self.view: list[int] = []  # the shape, with the dimensions that were cut as two
         self.within: list[int] = []  # the dimensions of the view that lie within a block
-        invalid = InvalidBlockSize(block_size=tuple(block_size), shape=tuple(shape))
         if len(block_size) != len(shape):
-            raise invalid
+            raise InvalidBlockSize(block_size=tuple(block_size), shape=tuple(shape))
         for size, block in zip(shape, block_size, strict=True):
             if block == -1:
                 self.within.append(len(self.view))
@@ -99,7 +98,7 @@ class _Blocks:
                 self.counts.append(size)
                 self.view.append(size)
             elif block < 1 or (isinstance(size, int) and isinstance(block, int) and size % block):
-                raise invalid
+                raise InvalidBlockSize(block_size=tuple(block_size), shape=tuple(shape))
             else:
                 self.within.append(len(self.view) + 1)
                 self.counts.append(size // block)

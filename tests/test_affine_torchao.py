@@ -15,7 +15,28 @@ from fxquant.affine import (
     storage_dtype,
 )
 
-from .affine_cases import *
+from .affine_cases import (
+    ASYMMETRIC,
+    BLOCKS,
+    FLOAT8,
+    NO_CLIPPING,
+    NO_CLIPPING_INT,
+    REAL,
+    SHAPE,
+    SHIFTED,
+    SIGNED,
+    SYMMETRIC,
+    TINYGEMM,
+    UNSIGNED,
+    check_error,
+    each_block,
+    legal_forms,
+    name,
+    round_trip,
+    same,
+    sample,
+    sizes,
+)
 
 
 def torchao_forms(dtype):
@@ -25,6 +46,7 @@ def torchao_forms(dtype):
 
 
 AGREED = [(d, f) for d in SIGNED + UNSIGNED for f in torchao_forms(d)]
+SYMMETRIC_FORMS = [(d, f) for d, f in AGREED if f["mapping"] != "asymmetric"]
 
 
 class Torchao:
@@ -93,7 +115,7 @@ def test_equals_torchao(dtype, form, block):
 
 
 @pytest.mark.parametrize("real", REAL, ids=name)
-@pytest.mark.parametrize("dtype, form", [c for c in AGREED if "sym" in c[1]["mapping"][:3]], ids=name)
+@pytest.mark.parametrize("dtype, form", SYMMETRIC_FORMS, ids=name)
 def test_symmetric_qparams_equal_torchao_in_the_input_dtype(dtype, form, real):
     for block in BLOCKS.values():
         x = sample().to(real)
@@ -136,6 +158,15 @@ def test_float8_equals_torchao(dtype, block):
         same(native.float(), ao._choose_scale_float8(x, sizes(block, SHAPE), dtype))
 
 
+@pytest.mark.parametrize("dtype", FLOAT8, ids=name)
+def test_float8_divides_by_the_scale(dtype):
+    """On the halves between two codes a product with 1 / scale would go either way."""
+    codes = torch.arange(1, 256, 2, dtype=torch.float32)
+    scale = torch.rand(64, 1, generator=torch.Generator().manual_seed(0)) + 0.1
+    ours = quantize_affine(codes * scale, [1, -1], scale, None, dtype)
+    same(ours, ao._quantize_affine_float8(codes * scale, scale, dtype))
+
+
 # --------------------------------------------------------------------- where torchao is wrong
 
 
@@ -151,7 +182,7 @@ def test_scale_beyond_float16_saturates(form):
     x = torch.tensor([[1e9, 0.0, -1e9, 1.0]])
     options = dict(scale_dtype=torch.float16)
     dtype = torch.uint8 if form is TINYGEMM else torch.int8
-    scale, _, codes, values = round_trip(x, [1, -1], dtype, form, **options)
+    scale, _, _, values = round_trip(x, [1, -1], dtype, form, **options)
     assert scale == torch.finfo(torch.float16).max
     assert torch.isfinite(values).all() and values[0, 2] < -4e6
     assert values[0, 0] > 4e6 or form is ASYMMETRIC  # its zero point is the highest code
@@ -164,23 +195,6 @@ def test_zero_block_in_torchao():
     assert not scale.any()  # and 1 / scale is infinite
     scale = ao._choose_scale_float8(x, [1, 8], torch.float8_e4m3fn)
     assert ao._quantize_affine_float8(x, scale, torch.float8_e4m3fn).float().isnan().all()
-
-
-@pytest.mark.parametrize("dtype, form", EVERY, ids=name)
-def test_underflowing_scale(dtype, form):
-    """A block too small for the scale's type becomes small values, not infinite or NaN ones."""
-    for scale_dtype, tiny in ((torch.float16, 1e-8), (torch.bfloat16, 1e-39)):
-        x = tiny * torch.linspace(-1, 1, 8)[None]
-        options = dict(scale_dtype=scale_dtype)
-        scale, _, _, values = round_trip(x, [1, -1], dtype, form, **options)
-        limit = torch.finfo(scale_dtype).tiny
-        assert scale == limit
-        assert (values - x.double()).abs().max() <= limit * (1 if form is not TINYGEMM else 128)
-    if (dtype, form) in AGREED:
-        their_scale, _ = Torchao(dtype, form, [1, -1]).qparams(
-            1e-8 * torch.linspace(-1, 1, 8)[None], scale_dtype=torch.float16
-        )
-        assert their_scale == 0 or bits_of(dtype) < 3
 
 
 def test_nan_under_a_known_scale():
@@ -204,7 +218,7 @@ def test_nan_under_a_known_scale():
 
 
 def test_no_clipping_in_unsigned_codes():
-    """The middle code is zero, so either side has half the codes; torchao divides by all of them."""
+    """The middle code is zero, so either side has half the codes; torchao counts all of them."""
     x = sample()
     check_error(x, (1, -1, -1), torch.uint4, NO_CLIPPING_INT)
     theirs = Torchao(torch.uint4, NO_CLIPPING_INT, (1, -1, -1))
