@@ -257,17 +257,8 @@ def run_tests(out: Path, limit: float) -> dict[str, str]:
     environment = {**os.environ, "OMP_NUM_THREADS": "2", "PYTHONUNBUFFERED": "1"}
     file = "tests/lowering/test_triton_kernels.py"
     rest = "not (" + " or ".join(f"({shard})" for shard in TEST_SHARDS) + ")"
-    base = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        "--tb=short",
-        file,
-        "-k",
-    ]
+    options = ["-o", "addopts=", "-q", "--tb=short", "-p", "no:cacheprovider"]
+    base = [sys.executable, "-m", "pytest", *options, file, "-k"]
     running = {}
     for i, shard in enumerate([*TEST_SHARDS, rest]):
         log = (out / f"shard{i}.txt").open("w+")
