@@ -75,12 +75,18 @@ def emit(
     graph: fx.Graph, like: fx.Node, target: Callable, *args: Any, **kwargs: Any
 ) -> fx.Node:
     """Append ``target(*args)`` at the insertion point: fake value computed, provenance of ``like``."""
+    node = _append(graph, like, target, args, kwargs)
+    node.meta["val"] = evaluate(node)
+    return node
+
+
+def _append(graph: fx.Graph, like: fx.Node, target: Any, args: Any, kwargs: Any) -> fx.Node:
     node = graph.call_function(target, args, kwargs)
     for key in PROVENANCE:
         if key in like.meta:
             found = like.meta[key]
             node.meta[key] = copy.deepcopy(found) if key == "custom" else found
-    node.meta["val"] = evaluate(node)
+    node.meta["fxquant_emitted"] = True
     return node
 
 
@@ -116,7 +122,10 @@ def replace(node: fx.Node, new: fx.Node) -> None:
 
 
 def inline(graph: fx.Graph, like: fx.Node, body: fx.GraphModule, args: Sequence[Any]) -> Any:
-    """Copy ``body``'s nodes to the insertion point, its placeholders bound to ``args``."""
+    """Copy ``body``'s nodes to the insertion point, its placeholders bound to ``args``.
+
+    ``body`` was traced in the graph's own fake mode, so its values hold here too.
+    """
     env: dict[fx.Node, Any] = {}
     feed = iter(args)
     for node in body.graph.nodes:
@@ -128,7 +137,8 @@ def inline(graph: fx.Graph, like: fx.Node, body: fx.GraphModule, args: Sequence[
             assert node.op == "call_function", f"{node.op} {node.target} in a kernel"
             new_args = map_arg(node.args, lambda n: env[n])
             new_kwargs = map_arg(node.kwargs, lambda n: env[n])
-            env[node] = emit(graph, like, node.target, *new_args, **new_kwargs)
+            env[node] = _append(graph, like, node.target, new_args, new_kwargs)
+            env[node].meta["val"] = node.meta["val"]
     raise AssertionError("a graph without output")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -41,11 +42,42 @@ __all__ = [
 
 
 class _KeepMeta(fx.Interpreter):
-    """Runs a graph so that the nodes traced from a node inherit its provenance."""
+    """Runs a graph so that the nodes traced from a node inherit its provenance.
+
+    Pre-dispatch tracing records where autocast is entered and left, and does not enter it: here it
+    is in force around each node, or values would have the dtypes of no autocast.
+    """
+
+    def __init__(self, gm: fx.GraphModule):
+        super().__init__(gm)
+        self.regions: list[tuple[Any, ...]] = []
 
     def run_node(self, n: fx.Node) -> Any:
-        with fx.traceback.set_current_meta(n):
-            return super().run_node(n)
+        if n.target is torch.amp.autocast_mode._exit_autocast:
+            self.regions.pop()
+        with fx.traceback.set_current_meta(n), _autocast(self.regions):
+            result = super().run_node(n)
+        if n.target is torch.amp.autocast_mode._enter_autocast:
+            self.regions.append(n.args)
+        return result
+
+
+@contextmanager
+def _autocast(regions: Sequence[tuple[Any, ...]]) -> Iterator[None]:
+    """The innermost region's device, dtype and switch; torch.autocast itself would be recorded."""
+    if not regions:
+        yield
+        return
+    device, dtype, enabled = regions[-1][:3]
+    before = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+    torch.set_autocast_enabled(device, enabled)
+    torch.set_autocast_dtype(device, dtype or before[1])
+    try:
+        yield
+    finally:
+        torch.set_autocast_enabled(device, before[0])
+        torch.set_autocast_dtype(device, before[1])
+        torch.clear_autocast_cache()
 
 
 def example_values(gm: fx.GraphModule) -> list[Any]:

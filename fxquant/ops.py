@@ -60,6 +60,17 @@ def quantize(x: torch.Tensor, scheme: str, role: str) -> list[torch.Tensor]:
     return [t for t in spec_of(scheme, role).quantize(x) if t is not None]
 
 
+@torch.library.register_fake("fxquant::quantize", lib=LIBRARY, allow_override=True)
+def _quantize_fake(x, scheme, role):  # shapes alone: the reference is a score of ops
+    spec = spec_of(scheme, role)
+    per_byte = max(1, 8 // spec.bits)
+    codes = x.new_empty((*x.shape[:-1], x.shape[-1] // per_byte), dtype=spec.codes_dtype)
+    blocks = [1 if b == -1 else n // b for n, b in zip(x.shape, spec.block_size(x.dim()), strict=True)]
+    scale = x.new_empty(blocks, dtype=spec.scale_dtype)
+    zero = {"none": None, "float": spec.scale_dtype, "int": torch.int32}[spec.zero_point_domain]
+    return [codes, scale] if zero is None else [codes, scale, x.new_empty(blocks, dtype=zero)]
+
+
 @define(
     "dequantize(Tensor codes, Tensor scale, Tensor? zero, str scheme, str role, ScalarType dtype)"
     " -> Tensor"
@@ -73,6 +84,12 @@ def dequantize(
     dtype: torch.dtype,
 ) -> torch.Tensor:
     return spec_of(scheme, role).dequantize(Quantized(codes, scale, zero), dtype)
+
+
+@torch.library.register_fake("fxquant::dequantize", lib=LIBRARY, allow_override=True)
+def _dequantize_fake(codes, scale, zero, scheme, role, dtype):
+    per_byte = max(1, 8 // spec_of(scheme, role).bits)
+    return codes.new_empty((*codes.shape[:-1], codes.shape[-1] * per_byte), dtype=dtype)
 
 
 @define(
@@ -98,6 +115,11 @@ def linear(
     w = row.weight.dequantize(Quantized(codes, scale, zero), wide)
     y = F.linear(x_wide, w, None if bias is None else bias.to(wide))
     return ACTIVATIONS[epilogue](y).to(x.dtype)
+
+
+@torch.library.register_fake("fxquant::linear", lib=LIBRARY, allow_override=True)
+def _linear_fake(x, codes, scale, zero, bias, scheme, epilogue):
+    return x.new_empty((*x.shape[:-1], codes.shape[0]))
 
 
 @define("observe(Tensor x, str name) -> Tensor")

@@ -13,6 +13,7 @@ from .affine import (
     dequantize_affine,
     pack_codes,
     quantize_affine,
+    storage_dtype,
     unpack_codes,
 )
 from .errors import UnknownScheme
@@ -52,6 +53,11 @@ class QuantSpec:
     @property
     def bits(self) -> int:
         return bits_of(self.dtype)
+
+    @property
+    def codes_dtype(self) -> torch.dtype:
+        """What the codes are stored in: sub-byte ones packed into uint8."""
+        return torch.uint8 if self.bits < 8 else storage_dtype(self.dtype)
 
     def block_size(self, rank: int) -> list[int]:
         """Block of values that share a scale; -1 stands for the whole dimension."""
@@ -144,22 +150,29 @@ def register(scheme: Scheme) -> Scheme:
     return scheme
 
 
-register(Scheme(name="int8wo", weight=_CHANNEL_INT8, sqnr=0.0, summary="int8 weights per channel"))
+_INT4_FLOORS = {  # group_size: (asymmetric, symmetric and 8da4w) in dB
+    32: (21.6, 20.0),
+    64: (20.5, 19.3),
+    128: (19.5, 18.6),
+    256: (18.7, 18.0),
+}
+
+register(Scheme(name="int8wo", weight=_CHANNEL_INT8, sqnr=41.6, summary="int8 weights per channel"))
 register(
     Scheme(
         name="int8dq",
         weight=_CHANNEL_INT8,
         input=_TOKEN_INT8,
-        sqnr=0.0,
+        sqnr=38.6,
         summary="int8 weights per channel, int8 activations per token, integer product",
     )
 )
-for _size in (32, 64, 128, 256):
+for _size, (_asymmetric, _symmetric) in _INT4_FLOORS.items():
     register(
         Scheme(
             name=f"int4wo-{_size}",
             weight=_group(torch.uint4, _size, asymmetric=True),
-            sqnr=0.0,
+            sqnr=_asymmetric,
             summary=f"uint4 weights, groups of {_size}, float zero point (tinygemm)",
         )
     )
@@ -167,7 +180,7 @@ for _size in (32, 64, 128, 256):
         Scheme(
             name=f"int4wo-{_size}-sym",
             weight=_group(torch.int4, _size),
-            sqnr=0.0,
+            sqnr=_symmetric,
             summary=f"int4 weights, groups of {_size}, symmetric",
         )
     )
@@ -176,27 +189,27 @@ for _size in (32, 64, 128, 256):
             name=f"8da4w-{_size}",
             weight=_group(torch.int4, _size),
             input=_TOKEN_INT8_ASYM,
-            sqnr=0.0,
+            sqnr=_symmetric,
             summary=f"int4 weights, groups of {_size}, int8 activations per token, integer product",
         )
     )
-for _size in (32, 64):
+for _size, _floor in ((32, 7.6), (64, 6.5)):
     register(
         Scheme(
             name=f"int2wo-{_size}",
             weight=_group(torch.uint2, _size, asymmetric=True),
-            sqnr=0.0,
+            sqnr=_floor,
             summary=f"uint2 weights, groups of {_size}, float zero point",
         )
     )
-register(Scheme(name="fp8wo", weight=_CHANNEL_FP8, sqnr=0.0, summary="float8 e4m3 weights per channel"))
+register(Scheme(name="fp8wo", weight=_CHANNEL_FP8, sqnr=31.1, summary="e4m3 weights per channel"))
 register(
     Scheme(
         name="fp8dq",
         weight=_CHANNEL_FP8,
         input=_TOKEN_FP8,
-        sqnr=0.0,
-        summary="float8 e4m3 weights per channel and activations per token",
+        sqnr=28.1,
+        summary="e4m3 weights per channel, e4m3 activations per token",
     )
 )
 

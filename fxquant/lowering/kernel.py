@@ -25,7 +25,7 @@ class Device:
     name: str
     type: str
     bandwidth: float
-    peak: dict[str, float]
+    peak: dict[str, float] = field(hash=False)
     launch: float
     features: frozenset[str] = frozenset()
     units: int = 1

@@ -39,14 +39,18 @@ def select(problem: Problem) -> Choice:
 
     All kernels of a choice share a layout, so that prefill and decode share one packed weight.
     """
-    whole = replace(problem, m=None)
+    return _select(replace(problem, m=None))
+
+
+@lru_cache(maxsize=1024)
+def _select(whole: Problem) -> Choice:
     reasons = {k.name: k.refusal(whole) for k in KERNELS.values()}
     usable = [k for k in KERNELS.values() if reasons[k.name] is None]
     refused = {name: why for name, why in reasons.items() if why}
     by_layout: dict[str, list[Kernel]] = {}
     for kernel in usable:
         by_layout.setdefault(kernel.layout.name, []).append(kernel)
-    if tuned := _tuned(problem, usable):
+    if tuned := _tuned(whole, usable):
         kernels = [k for k, _ in tuned]
         return Choice(kernels[0].layout, tuple(tuned), refused | _not_chosen(usable, kernels))
     for name, kernels in by_layout.items():  # the fallback unpacks any layout

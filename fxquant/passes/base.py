@@ -74,13 +74,16 @@ def rewrites(*requires: str, ensures: str | None = None) -> Callable[[Callable],
 
 def signature(gm: fx.GraphModule) -> dict[str, list[str]]:
     """Inputs and outputs of a graph as text: shape, dtype and stride."""
-    inputs = [_describe(n.meta.get("val")) for n in gm.graph.find_nodes(op="placeholder")]
+    inputs = [describe(n.meta.get("val")) for n in gm.graph.find_nodes(op="placeholder")]
     (output,) = gm.graph.find_nodes(op="output")
-    outputs = [_describe(n.meta.get("val")) for n in output.all_input_nodes]
+    outputs = [describe(n.meta.get("val")) for n in output.all_input_nodes]
     return {"inputs": inputs, "outputs": outputs}
 
 
-def _describe(value: Any) -> str:
+def describe(value: Any) -> str:
+    """A value as text: dtype, shape and stride of tensors, one by one in a list."""
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(describe, value))}]"
     if not isinstance(value, torch.Tensor):
         return str(value)
     stride = tuple(value.stride()) if value.layout == torch.strided else "opaque"

@@ -29,13 +29,16 @@ def fuse(gm: fx.GraphModule) -> bool:
     ``linear(dq(q(x)), dq(codes, scale, zero), b)`` -> ``fxquant.linear(x, codes, scale, zero, b,
     scheme, epilogue)``. A dynamic scheme whose input is not quantized by itself is left alone.
     """
-    changed = False
-    for node in gm.graph.find_nodes(op="call_function", target=aten.linear.default):
-        if fused := _fuse_linear(gm, node):
-            fused = _absorb_bias(gm, fused)
-            _absorb_activation(gm, fused)
-            changed = True
-    return changed
+    fused: list[fx.Node] = []
+    constant = constants(gm)
+    held = gm.graph.find_nodes(op="call_function", target=ops.linear.default)  # QuantLinears
+    for node in [*held, *gm.graph.find_nodes(op="call_function", target=aten.linear.default)]:
+        if one := node if node in held else _fuse_linear(gm, node):
+            fused.append(_absorb_bias(gm, one, constant))
+    gm.graph.eliminate_dead_code()  # what is left of the reference form is not a sibling
+    for node in fused:
+        _absorb_activation(gm, node)
+    return bool(fused)
 
 
 def _fuse_linear(gm: fx.GraphModule, node: fx.Node) -> fx.Node | None:
@@ -65,14 +68,14 @@ def _only_user(node: fx.Node) -> fx.Node | None:
     return next(iter(node.users)) if len(node.users) == 1 else None
 
 
-def _absorb_bias(gm: fx.GraphModule, node: fx.Node) -> fx.Node:
+def _absorb_bias(gm: fx.GraphModule, node: fx.Node, constant: Any) -> fx.Node:
     user = _only_user(node)
     if node.args[4] is not None or user is None or user.target is not aten.add.Tensor:
         return node
     bias = next((a for a in user.args if a is not node), None)
     fits = (
         isinstance(bias, fx.Node)
-        and bias in constants(gm)
+        and bias in constant
         and list(value(bias).shape) == [value(node).shape[-1]]
         and value(bias).dtype == value(node).dtype
         and not user.kwargs

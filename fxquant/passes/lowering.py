@@ -32,10 +32,11 @@ def lower(*, strict: bool = False) -> Pass:
     def rewrite(gm: fx.GraphModule) -> bool:
         constant = constants(gm)
         packed: dict[Any, list[fx.Node]] = {}
+        bodies: dict[Any, fx.GraphModule] = {}
         nodes = gm.graph.find_nodes(op="call_function", target=ops.linear.default)
         for node in nodes:
             if node.args[1] in constant:
-                _lower_one(gm, node, packed, strict)
+                _lower_one(gm, node, packed, bodies, strict)
         fold(gm)
         return bool(nodes)
 
@@ -58,7 +59,13 @@ def problem_of(node: fx.Node) -> Problem:
     )
 
 
-def _lower_one(gm: fx.GraphModule, node: fx.Node, packed: dict[Any, list], strict: bool) -> None:
+def _lower_one(
+    gm: fx.GraphModule,
+    node: fx.Node,
+    packed: dict[Any, list[fx.Node]],
+    bodies: dict[Any, fx.GraphModule],
+    strict: bool,
+) -> None:
     x, codes, scale, zero, bias, scheme, epilogue = node.args
     problem = problem_of(node)
     choice = select(problem)
@@ -76,7 +83,8 @@ def _lower_one(gm: fx.GraphModule, node: fx.Node, packed: dict[Any, list], stric
                 emit(graph, node, operator.getitem, bundle, i) for i in range(len(value(bundle)))
             ]
         rows = emit(graph, node, aten.reshape.default, x, [-1, problem.k])
-        result = _call(graph, node, choice, problem, rows, packed[key], bias, str(epilogue))
+        args = (rows, packed[key], bias, str(epilogue))
+        result = _call(graph, node, choice, problem, bodies, *args)
         shape = [*_sizes(graph, node, x), problem.n]
         out = emit(graph, node, aten.reshape.default, result, shape)
     replace(node, out)
@@ -95,6 +103,7 @@ def _call(
     node: fx.Node,
     choice: Choice,
     problem: Problem,
+    bodies: dict[Any, fx.GraphModule],
     x: fx.Node,
     packed: list[fx.Node],
     bias: Any,
@@ -113,8 +122,10 @@ def _call(
         return run_kernel(kernel.name, row, layout, x, weights, bias, epilogue, problem.n)
 
     args = [x, *packed] + ([bias] if bias is not None else [])
-    body = trace_function(compute, *(value(a) for a in args))
-    return inline(graph, node, body, args)
+    key = (kernel.name, problem, epilogue)
+    if problem.m is None or key not in bodies:  # equal layers share a trace, unless M is symbolic
+        bodies[key] = trace_function(compute, *(value(a) for a in args))
+    return inline(graph, node, bodies[key], args)
 
 
 def _report(gm: fx.GraphModule, node: fx.Node, problem: Problem, choice: Choice) -> None:

@@ -10,7 +10,8 @@ import torch
 from torch import fx
 
 from ..graph import constants, emit, evaluate, layer_of, layers, note, value
-from .base import rewrites
+from ..inductor import HigherOrderOperator
+from .base import describe, rewrites
 from .folding import folds
 
 aten = torch.ops.aten
@@ -66,6 +67,7 @@ def _merge(gm: fx.GraphModule, nodes: list[fx.Node], constant: Any) -> None:
         bias = _biases(gm, first, nodes, sizes)
         whole = emit(gm.graph, first, ops.linear.default, x, *parts, bias, first.args[5], "")
         split = emit(gm.graph, first, aten.split_with_sizes.default, whole, sizes, -1)
+        split.meta["fxquant_split"] = True
         pieces = [emit(gm.graph, first, operator.getitem, split, i) for i in range(len(nodes))]
     names = tuple(layer_of(n) for n in nodes)
     note(whole)["layer"] = "+".join(names)
@@ -109,16 +111,24 @@ def _biases(
 
 
 def _views_to_reshapes(gm: fx.GraphModule) -> None:
-    """Values of every node again: the parts have strides of their own."""
+    """Bring values up to date behind the splits: the parts have strides of their own."""
+    stale: set[fx.Node] = set()
     for node in gm.graph.nodes:
-        if node.op != "call_function" or "val" not in node.meta:
-            continue
-        if not isinstance(node.target, torch._ops.OpOverload) and node.target is not operator.getitem:
-            continue
-        try:
-            node.meta["val"] = evaluate(node)
-        except (RuntimeError, ValueError):
-            if node.target not in (aten.view.default, aten._unsafe_view.default):
-                raise
-            node.target = aten.reshape.default
-            node.meta["val"] = evaluate(node)
+        split = node.meta.pop("fxquant_split", False)
+        if split or stale.intersection(node.all_input_nodes):
+            if node.op == "call_function" and not isinstance(node.target, HigherOrderOperator):
+                before = describe(node.meta.get("val"))
+                _refresh(node)
+                if not split and describe(node.meta["val"]) == before:
+                    continue
+            stale.add(node)
+
+
+def _refresh(node: fx.Node) -> None:
+    try:
+        node.meta["val"] = evaluate(node)
+    except (RuntimeError, ValueError):
+        if node.target not in (aten.view.default, aten._unsafe_view.default):
+            raise
+        node.target = aten.reshape.default
+        node.meta["val"] = evaluate(node)

@@ -7,7 +7,7 @@ from torch import fx
 
 from ..errors import IllegalGraph
 from ..graph import STAGES, bodies_of, evaluate, is_folded, layers, stage
-from .base import Pass, _describe
+from .base import Pass, describe
 
 aten = torch.ops.aten
 ops = torch.ops.fxquant
@@ -51,11 +51,13 @@ def _check_value(node: fx.Node, where: str) -> None:
         return
     if "val" not in node.meta or any("val" not in n.meta for n in node.all_input_nodes):
         raise IllegalGraph(stage=where, node=node, reason="has no value")
+    if not node.meta.get("fxquant_emitted"):
+        return  # as traced
     if torch.Tag.dynamic_output_shape in node.target.tags or node.target is aten.item.default:
         return
     found, kept = evaluate(node), node.meta["val"]
-    if isinstance(kept, torch.Tensor) and _describe(found) != _describe(kept):
-        reason = f"gives {_describe(found)}, noted is {_describe(kept)}"
+    if isinstance(kept, torch.Tensor) and describe(found) != describe(kept):
+        reason = f"gives {describe(found)}, noted is {describe(kept)}"
         raise IllegalGraph(stage=where, node=node, reason=reason)
 
 

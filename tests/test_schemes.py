@@ -1,0 +1,29 @@
+"""Each scheme's pinned floor: the measured signal-to-noise ratio of its output, less 0.5 dB."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import fxquant  # noqa: F401
+from fxquant.ops import bundle
+from fxquant.scheme import SCHEMES
+
+from .conftest import sqnr
+
+
+def measured(scheme: str) -> float:
+    """Gaussian weights [512, 1024] and activations [256, 1024], seed 0, float64 products."""
+    generator = torch.Generator().manual_seed(0)
+    w = torch.randn(512, 1024, generator=generator)
+    x = torch.randn(256, 1024, generator=generator)
+    q = bundle(torch.ops.fxquant.quantize(w, scheme, "weight"))
+    y = torch.ops.fxquant.linear(x.double(), *q, None, scheme, "")
+    return sqnr(y, x.double() @ w.double().T)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_floor(scheme):
+    floor = SCHEMES[scheme].sqnr
+    found = measured(scheme)
+    assert floor <= found <= floor + 1.0, f"{scheme}: {found:.2f} dB, pinned {floor}"
