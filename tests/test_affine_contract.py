@@ -84,7 +84,7 @@ def test_strides_do_not_matter(dtype, form):
         ((1, -1), torch.int8, ASYMMETRIC),
         ((-1, 1), torch.float8_e4m3fn, SYMMETRIC),
         ((1, 8), torch.uint4, TINYGEMM),
-        ((2, 8), torch.int2, NO_CLIPPING),
+        ((2, 8), torch.int8, NO_CLIPPING),
     ],
     ids=name,
 )

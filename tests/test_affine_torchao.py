@@ -91,27 +91,27 @@ class Torchao:
 # ---------------------------------------------------------------------------- equal to torchao
 
 
-@pytest.mark.parametrize("block", BLOCKS.values(), ids=BLOCKS)
 @pytest.mark.parametrize("dtype, form", AGREED, ids=name)
-def test_equals_torchao(dtype, form, block):
-    theirs, domain = Torchao(dtype, form, block), form["zero_point_domain"]
-    for real in REAL:
-        x = sample().to(real)
-        scale, zero, codes, values = round_trip(
-            x, block, dtype, form, torch.float32, scale_dtype=torch.float32
-        )
-        # Ours works in float32 whatever the input; torchao does so for float32 inputs only.
-        their_scale, their_zero = theirs.qparams(x.float())
-        same(scale, their_scale)
-        if zero is not None:
-            same(zero, their_zero)
-        same(codes, theirs.quantize(x.float(), scale, zero))
-        same(values, theirs.dequantize(codes, scale, zero))
-        if domain != "float":  # there torchao rounds to the output dtype twice
-            out = dequantize_affine(
-                codes, block, scale, zero, dtype, zero_point_domain=domain, output_dtype=real
+def test_equals_torchao(dtype, form):
+    for block in BLOCKS.values():
+        theirs, domain = Torchao(dtype, form, block), form["zero_point_domain"]
+        for real in REAL:
+            x = sample().to(real)
+            scale, zero, codes, values = round_trip(
+                x, block, dtype, form, torch.float32, scale_dtype=torch.float32
             )
-            same(out, theirs.dequantize(codes, scale, zero, real))
+            # Ours works in float32 whatever the input; torchao does so for float32 inputs only.
+            their_scale, their_zero = theirs.qparams(x.float())
+            same(scale, their_scale)
+            if zero is not None:
+                same(zero, their_zero)
+            same(codes, theirs.quantize(x.float(), scale, zero))
+            same(values, theirs.dequantize(codes, scale, zero))
+            if domain != "float":  # there torchao rounds to the output dtype twice
+                out = dequantize_affine(
+                    codes, block, scale, zero, dtype, zero_point_domain=domain, output_dtype=real
+                )
+                same(out, theirs.dequantize(codes, scale, zero, real))
 
 
 @pytest.mark.parametrize("real", REAL, ids=name)
@@ -126,36 +126,36 @@ def test_symmetric_qparams_equal_torchao_in_the_input_dtype(dtype, form, real):
             same(zero, their_zero)
 
 
-@pytest.mark.parametrize("block", BLOCKS.values(), ids=BLOCKS)
 @pytest.mark.parametrize("dtype, form", AGREED, ids=name)
-def test_the_scale_is_rounded_before_it_is_used(dtype, form, block):
+def test_the_scale_is_rounded_before_it_is_used(dtype, form):
     """Zero points and codes follow from the stored qparams, not from ones of more digits."""
-    x = sample((4, 4, 32))
-    scale, zero, codes, _ = round_trip(x, block, dtype, form, scale_dtype=torch.bfloat16)
-    theirs = Torchao(dtype, form, block)
-    same(scale, theirs.qparams(x, scale_dtype=torch.bfloat16)[0])
-    stored = zero.float() if zero is not None and zero.is_floating_point() else zero
-    same(codes, theirs.quantize(x, scale.float(), stored))
-    for index, values in each_block(x, block):
-        low, step = values.min(), scale[index].float()
-        if form is TINYGEMM:
-            assert zero[index] == (low + step * 2 ** (bits_of(dtype) - 1)).to(torch.bfloat16)
-        elif form["mapping"] == "asymmetric":
-            assert zero[index] == code_range(dtype)[0] - torch.round(low / step)
+    for block in BLOCKS.values():
+        x = sample((4, 4, 32))
+        scale, zero, codes, _ = round_trip(x, block, dtype, form, scale_dtype=torch.bfloat16)
+        theirs = Torchao(dtype, form, block)
+        same(scale, theirs.qparams(x, scale_dtype=torch.bfloat16)[0])
+        stored = zero.float() if zero is not None and zero.is_floating_point() else zero
+        same(codes, theirs.quantize(x, scale.float(), stored))
+        for index, values in each_block(x, block):
+            low, step = values.min(), scale[index].float()
+            if form is TINYGEMM:
+                assert zero[index] == (low + step * 2 ** (bits_of(dtype) - 1)).to(torch.bfloat16)
+            elif form["mapping"] == "asymmetric":
+                assert zero[index] == code_range(dtype)[0] - torch.round(low / step)
 
 
-@pytest.mark.parametrize("block", BLOCKS.values(), ids=BLOCKS)
 @pytest.mark.parametrize("dtype", FLOAT8, ids=name)
-def test_float8_equals_torchao(dtype, block):
-    for real in REAL:
-        x = (64 * sample()).to(real)  # keeps the scale of e5m2 among float16's normal numbers
-        scale, _, codes, _ = round_trip(x, block, dtype, SYMMETRIC, scale_dtype=torch.float32)
-        same(scale, ao._choose_scale_float8(x.float(), sizes(block, SHAPE), dtype))
-        same(codes, ao._quantize_affine_float8(x, scale, dtype))
-        values = dequantize_affine(codes, block, scale, None, dtype, output_dtype=real)
-        same(values, ao._dequantize_affine_float8(codes, scale, real))
-        native, _ = choose_qparams_affine(x, block, dtype)
-        same(native.float(), ao._choose_scale_float8(x, sizes(block, SHAPE), dtype))
+def test_float8_equals_torchao(dtype):
+    for block in BLOCKS.values():
+        for real in REAL:
+            x = (64 * sample()).to(real)  # keeps the scale of e5m2 among float16's normal numbers
+            scale, _, codes, _ = round_trip(x, block, dtype, SYMMETRIC, scale_dtype=torch.float32)
+            same(scale, ao._choose_scale_float8(x.float(), sizes(block, SHAPE), dtype))
+            same(codes, ao._quantize_affine_float8(x, scale, dtype))
+            values = dequantize_affine(codes, block, scale, None, dtype, output_dtype=real)
+            same(values, ao._dequantize_affine_float8(codes, scale, real))
+            native, _ = choose_qparams_affine(x, block, dtype)
+            same(native.float(), ao._choose_scale_float8(x, sizes(block, SHAPE), dtype))
 
 
 @pytest.mark.parametrize("dtype", FLOAT8, ids=name)
