@@ -45,6 +45,7 @@ struct PortableInt {
   using Acc = i32x16;
   using Word = i32x16;
   static constexpr Format FORMAT = F;
+  static constexpr bool PREFETCH = false;
   static constexpr int STEP = 32 / bits_of(F), DEPTH = 1, WORDS = STEP;
   static constexpr int OFFSET = 1 << (bits_of(F) - 1);
   static constexpr bool CONVERTS = false;
@@ -62,6 +63,7 @@ struct Float32 {
   using Acc = f32x16;
   using Word = f32x16;
   static constexpr Format FORMAT = F;
+  static constexpr bool PREFETCH = false;
   static constexpr int STEP = 32 / bits_of(F), DEPTH = 1, WORDS = STEP;
   static constexpr int OFFSET = 0;
   static constexpr bool CONVERTS = true;
@@ -92,6 +94,7 @@ struct Vnni {
   using Acc = i32x16;
   using Word = u32x16;
   static constexpr Format FORMAT = F;
+  static constexpr bool PREFETCH = false;
   static constexpr int STEP = 32 / bits_of(F), DEPTH = 4, WORDS = STEP / DEPTH;
   static constexpr int OFFSET = 1 << (bits_of(F) - 1);
   static constexpr bool CONVERTS = false;
@@ -118,6 +121,8 @@ using Integer = PortableInt<F>;
 struct Bf16Tables {
   alignas(64) uint8_t low[2][128], high[2][128];  // U8, E4M3
   alignas(64) uint16_t word[2][32];               // U4, U2
+  // Loaded, not a constant: of that, GCC makes an instruction that waits for an unrelated register.
+  uint32_t ones = ~0u;
   Bf16Tables() {
     for (int i = 0; i < 128; i++) {
       int subnormal = i < 8;
@@ -136,7 +141,7 @@ struct Bf16Tables {
     }
   }
 };
-static const Bf16Tables tables;
+static Bf16Tables tables;
 
 template <Format F>
 struct Bf16 {
@@ -145,6 +150,7 @@ struct Bf16 {
   using Acc = f32x16;
   using Word = u32x16;
   static constexpr Format FORMAT = F;
+  static constexpr bool PREFETCH = false;
   static constexpr int STEP = 32 / bits_of(F), DEPTH = 2, WORDS = STEP / DEPTH;
   static constexpr float OFFSET = F == U8 ? 0.5f : 0.0f;
   static constexpr bool CONVERTS = false;
@@ -162,7 +168,7 @@ struct Bf16 {
           _mm_setr_epi8(0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15));
       __m512i code = _mm512_shuffle_epi8((__m512i)packed, pairs), sign = code;
       if constexpr (F == U8) {  // w + 1/2 is odd about 0: of code and ~code, look up the larger
-        sign = _mm512_xor_si512(code, _mm512_set1_epi32(-1));
+        sign = _mm512_xor_si512(code, _mm512_set1_epi32(int(tables.ones)));
         code = _mm512_max_epu8(code, sign);
       }
       const uint8_t *l = tables.low[F == E4M3], *h = tables.high[F == E4M3];
@@ -175,3 +181,13 @@ struct Bf16 {
   }
 };
 #endif
+
+// Operands that have been decoded into memory: one word to a step.
+template <class E>
+struct Decoded : E {
+  static constexpr int STEP = E::DEPTH, WORDS = 1;
+  static constexpr bool PREFETCH = true;
+  static INLINE typename E::Word operand(u32x16 packed, int) {
+    return (typename E::Word)packed;
+  }
+};

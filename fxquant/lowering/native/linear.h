@@ -4,6 +4,8 @@
 // channels of a panel in registers, and walks along the whole of K; every element of y is thus
 // summed in one order, whatever the number of rows or threads.
 #pragma once
+#include <omp.h>
+
 #include <cstdlib>
 #include <memory>
 
@@ -44,116 +46,203 @@ struct Prepared {
   const typename E::Sum* sums;  // [m, groups] of x, or null
 };
 
-template <class E, int R, int V>
-INLINE void finish(const Linear& t, int64_t row, int64_t column, f32x16 (&value)[R][V]) {
-  for (int v = 0; v < V; v++) {
-    int64_t n = column + 16 * v, count = t.n - n;
-    if (count <= 0) return;
-    f32x16 shift = {}, weight_sum = {};
+// A stretch of K, in steps. All of K in one, but float sums without groups, which go on in `totals`
+// from span to span: it bounds both their error and what is decoded at once.
+struct Span {
+  int64_t begin, end;
+  bool first;
+  float* totals;        // [rows, PANEL]
+  const uint8_t* next;  // weight to fetch meanwhile
+};
+
+constexpr int64_t SPAN = 512;       // codes
+constexpr int64_t AHEAD = 4096;     // bytes, where each is used once or twice
+constexpr int64_t MOST_ROWS = 528;  // in `totals`
+
+template <class E>
+int64_t steps_of(const Linear& t) {  // of a group
+  return (t.k / t.groups + E::STEP - 1) / E::STEP;
+}
+
+// The end of rows `begin` to `end` of a panel: from sums in `totals` to y. `scale` [PANEL] or null.
+__attribute__((noinline)) inline void finish(
+    const Linear& t, int64_t begin, int64_t end, int64_t column, const float* scale,
+    const float* totals) {
+  for (int64_t n = column; n < t.n && n < column + PANEL; n += 16) {
+    const int64_t count = t.n - n, at = n - column;
+    f32x16 factor = splat(1.0f), shift = {}, weight_sum = {};
+    if (scale) factor = load<f32x16>(scale + at);
     if (t.x_zero) weight_sum = load_some(t.weight_sum + n, FLOAT32, count);
     if (t.bias) {
       shift = load_some((const char*)t.bias + n * size_of(t.bias_dtype), t.bias_dtype, count);
     }
-    for (int r = 0; r < R; r++) {
-      f32x16 y = value[r][v];
-      if (t.x_zero) y -= weight_sum * float(t.x_zero[row + r]);
-      if (t.x_scale) y *= t.x_scale[row + r];
+    for (int64_t m = begin; m < end; m++) {
+      f32x16 y = load<f32x16>(totals + (m - begin) * PANEL + at) * factor;
+      if (t.x_zero) y -= weight_sum * float(t.x_zero[m]);
+      if (t.x_scale) y *= t.x_scale[m];
       y = activate(t.activation, y + shift);
-      store_some(t.y + ((row + r) * t.n + n) * size_of(t.y_dtype), t.y_dtype, y, count);
+      store_some(t.y + (m * t.n + n) * size_of(t.y_dtype), t.y_dtype, y, count);
     }
   }
 }
 
 template <class E, int R, int V>
 __attribute__((noinline)) void tile(
-    const Linear& t, const Prepared<E>& p, const Panel& panel, int64_t row, int first) {
+    const Linear& t, const Prepared<E>& p, const Panel& panel, const Span& span, int64_t row,
+    int64_t row_of_totals, int first) {
   constexpr bool GROUPED = grouped(E::FORMAT);
-  using Acc = typename E::Acc;
-  const int64_t steps = (t.k / t.groups + E::STEP - 1) / E::STEP;  // of a group
-  const uint8_t* w = panel.weight + first * 64;
-  const typename E::X* x = p.x + row * p.stride;
+  const int64_t groups = GROUPED ? t.groups : 1;
+  const int64_t steps = GROUPED ? steps_of<E>(t) : span.end - span.begin;
+  const uint8_t* w = panel.weight + (span.begin * 4 + first) * 64;
+  const typename E::X* x = p.x + row * p.stride + span.begin * E::STEP;
   const auto* sums = p.sums + row * t.groups;
+  float* totals = span.totals + row_of_totals * PANEL + first * 16;
+  // One line with each step of the first tiles, until all of the next span is on its way.
+  const int64_t fetched = row_of_totals / R * steps * 64;
+  const uint8_t* next = span.next + fetched;
+  const int64_t line = fetched < SPAN * PANEL ? 64 : 0;
   f32x16 total[R][V] = {};
 
-  for (int64_t g = 0; g < t.groups; g++) {
-    Acc acc[R][V];
+  for (int64_t g = 0; g < groups; g++) {
+    typename E::Acc acc[R][V];
     for (int r = 0; r < R; r++) {
       for (int v = 0; v < V; v++) {
-        acc[r][v] = Acc{};
-        if constexpr (E::OFFSET != 0) acc[r][v] = splat(-E::OFFSET * sums[r * t.groups + g]);
+        acc[r][v] = typename E::Acc{};
+        if (E::OFFSET != 0 && (GROUPED || span.first)) {
+          acc[r][v] = splat(-E::OFFSET * sums[r * t.groups + g]);
+        }
       }
     }
     for (int64_t s = 0; s < steps; s++) {
+      u32x16 packed[V];
 #pragma GCC unroll 4
       for (int v = 0; v < V; v++) {
-        u32x16 packed = load<u32x16>(w + 64 * v);
-        if constexpr (R <= 2) __builtin_prefetch(w + 64 * v + 4096);
+        packed[v] = load<u32x16>(w + 64 * v);
+        if (R <= 2) __builtin_prefetch(w + 64 * v + AHEAD);
+      }
 #pragma GCC unroll 16
-        for (int j = 0; j < E::WORDS; j++) {
-          auto operand = E::operand(packed, j);
+      for (int j = 0; j < E::WORDS; j++) {
+        typename E::Word operand[V];
+#pragma GCC unroll 4
+        for (int v = 0; v < V; v++) operand[v] = E::operand(packed[v], j);
 #pragma GCC unroll 8
-          for (int r = 0; r < R; r++) {
-            auto word = E::broadcast(x + r * p.stride + j * E::DEPTH);
-            acc[r][v] = E::dot(acc[r][v], word, operand);
-          }
+        for (int r = 0; r < R; r++) {
+          auto word = E::broadcast(x + r * p.stride + j * E::DEPTH);
+#pragma GCC unroll 4
+          for (int v = 0; v < V; v++) acc[r][v] = E::dot(acc[r][v], word, operand[v]);
         }
       }
+      if (R == 6 && E::PREFETCH) __builtin_prefetch(next += line);
       w += 4 * 64;
       x += E::STEP;
     }
 #pragma GCC unroll 4
     for (int v = 0; v < V; v++) {
+      const int64_t at = g * PANEL + (first + v) * 16;
+      f32x16 scale = splat(1.0f), zero = {};
       if constexpr (GROUPED) {
-        int64_t at = g * PANEL + (first + v) * 16;
-        f32x16 scale = from_bf16(load<u16x16>((const uint16_t*)panel.scale + at)), zero = {};
+        scale = from_bf16(load<u16x16>((const uint16_t*)panel.scale + at));
         if (t.zero) zero = from_bf16(load<u16x16>(panel.zero + at));
+      }
 #pragma GCC unroll 8
-        for (int r = 0; r < R; r++) {
+      for (int r = 0; r < R; r++) {
+        if constexpr (GROUPED) {
           total[r][v] += to_float(acc[r][v]) * scale;
           if (t.zero) total[r][v] += zero * float(sums[r * t.groups + g]);
+        } else {
+          total[r][v] = to_float(acc[r][v]);
         }
-      } else {
-        f32x16 scale = load<f32x16>((const float*)panel.scale + (first + v) * 16);
-#pragma GCC unroll 8
-        for (int r = 0; r < R; r++) total[r][v] = to_float(acc[r][v]) * scale;
       }
     }
   }
-  finish<E>(t, row, panel.column + first * 16, total);
+  const bool first_span = span.first;
+#pragma GCC unroll 8
+  for (int r = 0; r < R; r++) {
+#pragma GCC unroll 4
+    for (int v = 0; v < V; v++) {
+      float* at = totals + r * PANEL + 16 * v;
+      if (!first_span) total[r][v] += load<f32x16>(at);
+      std::memcpy(at, &total[r][v], sizeof(f32x16));
+    }
+  }
 }
 
 template <class E, int R, int V>
 INLINE int64_t rows(
-    const Linear& t, const Prepared<E>& p, const Panel& panel, int64_t row, int64_t end) {
+    const Linear& t, const Prepared<E>& p, const Panel& panel, const Span& span, int64_t begin,
+    int64_t row, int64_t end) {
   for (; row + R <= end; row += R) {
-    for (int first = 0; first < 4; first += V) tile<E, R, V>(t, p, panel, row, first);
+    for (int v = 0; v < 4; v += V) tile<E, R, V>(t, p, panel, span, row, row - begin, v);
   }
   return row;
 }
 
-// All rows from `row` to `end` of a panel. The tile's shape is what the registers hold: an
+// All rows from `begin` to `end` of a panel. The tile's shape is what the registers hold: an
 // accumulator for each of its vectors, a second one where there are groups, and the decoder's
 // constants.
 template <class E>
-void rows_of_panel(
-    const Linear& t, const Prepared<E>& p, const Panel& panel, int64_t row, int64_t end) {
+void all_rows(
+    const Linear& t, const Prepared<E>& p, const Panel& panel, const Span& span, int64_t begin,
+    int64_t end) {
+  int64_t row = begin;
 #ifdef __AVX512F__
   if constexpr (grouped(E::FORMAT)) {
-    row = rows<E, 6, 2>(t, p, panel, row, end);
-    row = rows<E, 4, 2>(t, p, panel, row, end);
-  } else if constexpr (E::DEPTH == 2) {
-    row = rows<E, 8, 2>(t, p, panel, row, end);
-    row = rows<E, 4, 4>(t, p, panel, row, end);
+    row = rows<E, 6, 2>(t, p, panel, span, begin, row, end);
+    row = rows<E, 4, 2>(t, p, panel, span, begin, row, end);
+  } else if constexpr (E::DEPTH == 2 && E::WORDS > 1) {
+    row = rows<E, 8, 2>(t, p, panel, span, begin, row, end);
+    row = rows<E, 4, 4>(t, p, panel, span, begin, row, end);
   } else {
-    row = rows<E, 6, 4>(t, p, panel, row, end);
-    row = rows<E, 4, 4>(t, p, panel, row, end);
+    row = rows<E, 6, 4>(t, p, panel, span, begin, row, end);
+    row = rows<E, 4, 4>(t, p, panel, span, begin, row, end);
   }
-  row = rows<E, 2, 4>(t, p, panel, row, end);
-  rows<E, 1, 4>(t, p, panel, row, end);
+  row = rows<E, 2, 4>(t, p, panel, span, begin, row, end);
+  rows<E, 1, 4>(t, p, panel, span, begin, row, end);
 #else
-  row = rows<E, 4, 1>(t, p, panel, row, end);
-  rows<E, 1, 2>(t, p, panel, row, end);
+  row = rows<E, 4, 1>(t, p, panel, span, begin, row, end);
+  rows<E, 1, 2>(t, p, panel, span, begin, row, end);
 #endif
+}
+
+// Rows from which a span is decoded once, into memory, instead of once for every tile.
+constexpr int64_t DECODE_ROWS = 24;
+
+template <class E>
+void panel_rows(
+    const Linear& t, const Prepared<E>& p, const Panel& panel, int64_t begin, int64_t end,
+    float* totals, uint8_t* decoded) {
+  const int64_t all = t.groups * steps_of<E>(t);
+  if constexpr (grouped(E::FORMAT) || E::DEPTH == 4) {
+    all_rows(t, p, panel, {0, all, true, totals, nullptr}, begin, end);
+  } else {
+    constexpr int64_t LENGTH = SPAN / E::STEP;
+    for (int64_t s = 0; s < all; s += LENGTH) {
+      const int64_t e = s + LENGTH < all ? s + LENGTH : all;
+      Span span{s, e, s == 0, totals, panel.weight + e * 4 * 64};
+      if (end - begin < DECODE_ROWS) {
+        all_rows(t, p, panel, span, begin, end);
+        continue;
+      }
+      uint8_t* to = decoded;
+      for (int64_t i = s; i < e; i++, to += E::WORDS * 4 * 64) {
+        for (int v = 0; v < 4; v++) {
+          u32x16 packed = load<u32x16>(panel.weight + (i * 4 + v) * 64);
+#pragma GCC unroll 4
+          for (int j = 0; j < E::WORDS; j++) {
+            auto operand = E::operand(packed, j);
+            std::memcpy(to + (j * 4 + v) * 64, &operand, 64);
+          }
+        }
+      }
+      using D = Decoded<E>;
+      const Prepared<D> q{p.x + s * E::STEP, p.stride, p.sums};
+      span.begin = 0;
+      span.end = (e - s) * E::WORDS;
+      all_rows<D>(t, q, {panel.column, decoded, panel.scale, nullptr}, span, begin, end);
+    }
+  }
+  const float* scale = grouped(E::FORMAT) ? nullptr : (const float*)panel.scale;
+  finish(t, begin, end, panel.column, scale, totals);
 }
 
 struct Free {
@@ -195,14 +284,9 @@ void prepare_row(
 }
 
 template <class E>
-int64_t steps_of(const Linear& t) {  // of the whole of k
-  return t.groups * ((t.k / t.groups + E::STEP - 1) / E::STEP);
-}
-
-template <class E>
 Panel panel_of(const Linear& t, int64_t index) {
   const int64_t column = index * PANEL, size = grouped(E::FORMAT) ? 2 : 4;
-  return {column, t.weight + column * steps_of<E>(t) * 4,
+  return {column, t.weight + column * t.groups * steps_of<E>(t) * 4,
           (const char*)t.scale + column * t.groups * size,
           t.zero ? t.zero + column * t.groups : nullptr};
 }
@@ -210,7 +294,8 @@ Panel panel_of(const Linear& t, int64_t index) {
 // The last panel, widened from n % 64 channels to 64.
 template <class E>
 Panel pad_tail(const Linear& t, Scratch<char>& memory) {
-  const int64_t width = t.n % PANEL, steps = steps_of<E>(t), size = grouped(E::FORMAT) ? 2 : 4;
+  const int64_t width = t.n % PANEL, size = grouped(E::FORMAT) ? 2 : 4;
+  const int64_t steps = t.groups * steps_of<E>(t);
   Panel panel = panel_of<E>(t, t.n / PANEL);
   char* to = memory.allocate((steps * 4 + t.groups * (size + 2)) * PANEL);
   if (!to) return {};
@@ -252,16 +337,22 @@ int run(const Linear& t) {
   Scratch<char> tail_memory;
   Panel tail{};
   if (t.n % PANEL && !(tail = pad_tail<E>(t, tail_memory)).weight) return 1;
-  int64_t chunks = (8 * t.threads + panels - 1) / panels;
-  if (chunks > (t.m + least - 1) / least) chunks = (t.m + least - 1) / least;
+  const int64_t wanted = (8 * t.threads + panels - 1) / panels;
+  const int64_t possible = (t.m + least - 1) / least, needed = (t.m + MOST_ROWS - 1) / MOST_ROWS;
+  int64_t chunks = wanted < possible ? wanted : possible;
+  if (chunks < needed) chunks = needed;
   const int64_t height = ((t.m + chunks - 1) / chunks + 23) / 24 * 24;
   chunks = (t.m + height - 1) / height;
+  Scratch<char> memory;
+  const int64_t size = PANEL * 4 * (MOST_ROWS + SPAN);
+  if (!memory.allocate(t.threads * size)) return 1;
 #pragma omp parallel for num_threads(t.threads) schedule(dynamic)
   for (int64_t item = 0; item < panels * chunks; item++) {
-    int64_t row = item % chunks * height, end = row + height;
-    int64_t panel = item / chunks;
-    rows_of_panel<E>(
-        t, p, panel < t.n / PANEL ? panel_of<E>(t, panel) : tail, row, end < t.m ? end : t.m);
+    const int64_t row = item % chunks * height, end = row + height, index = item / chunks;
+    char* mine = memory.memory.get() + omp_get_thread_num() * size;
+    panel_rows<E>(
+        t, p, index < t.n / PANEL ? panel_of<E>(t, index) : tail, row, end < t.m ? end : t.m,
+        (float*)mine, (uint8_t*)mine + PANEL * 4 * MOST_ROWS);
   }
   return 0;
 }
