@@ -274,7 +274,9 @@ def quantize_affine(
 ) -> torch.Tensor:
     """Codes of ``x``, in its shape and contiguous: int8, uint8 or float8, saturated at the ends.
 
-    ``scale`` and ``zero_point`` are those of ``choose_qparams_affine``. NaN stays NaN in float8;
+    ``scale`` and ``zero_point`` are those of ``choose_qparams_affine``. Integer codes multiply by
+    ``1 / scale`` as rounded to float32 (a symmetric block's largest value lies on a half, where
+    that decides); float8 and the float domain divide by ``scale``. NaN stays NaN in float8;
     integers have no code for it, and it becomes the code of zero (of the zero point, if float).
 
     Raises InvalidBlockSize, InvalidOption, ShapeMismatch.
