@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from .capture import NAMES, from_dynamo
+from .capture import NAMES, from_dynamo, learn_names
 from .config import DEFAULT_SCHEME, Config
 from .dump import Dump
 from .errors import (
@@ -164,14 +164,16 @@ def rewrite(
         return None
     dump = Dump(config.dump_dir)
     dump.graph("captured", canonical)
-    recipe = config.recipe or _default_recipe()
+    models = learn_names()
+    recipe = config.recipe or _default_recipe(models)
     _run_passes(canonical, recipe, config.strict, dump)
     found = layers(canonical)
     on_layers(found)
     dump.manifest(canonical, {"recipe": recipe.to_json(), "strict": config.strict})
     _report_float_layers(found, recipe, config)
     if config.recipe is not None:
-        _check_rules(config.recipe, found)
+        # a rule may decide a layer of another graph of this model
+        config.recipe.check_used([*found.values(), *linears_of(models)])
     if not any(layer.kernel for layer in found.values()):
         return None
     _refuse_gradients(canonical, inputs)
@@ -187,9 +189,9 @@ def _run_passes(gm: fx.GraphModule, recipe: Recipe, strict: bool, dump: Dump) ->
         dump.graph(name, gm)
 
 
-def _default_recipe() -> Recipe:
+def _default_recipe(models: Sequence[nn.Module]) -> Recipe:
     """int8dq; nothing for a model that holds quantized modules: its other layers were left float."""
-    held = any(isinstance(m, QuantLinear) for root in NAMES.roots() for m in root.modules())
+    held = any(isinstance(m, QuantLinear) for model in models for m in model.modules())
     return Recipe(()) if held else Recipe.of(DEFAULT_SCHEME)
 
 
@@ -209,11 +211,6 @@ def _report_float_layers(found: dict[str, Layer], recipe: Recipe, config: Config
                 missed.append(f"{layer.name} ({layer.reason})")
     if missed and config.strict:
         raise NotQuantized(layers=", ".join(missed))
-
-
-def _check_rules(recipe: Recipe, found: dict[str, Layer]) -> None:
-    """A rule must decide a layer of this graph, or name a linear elsewhere in the model."""
-    recipe.check_used([*found.values(), *linears_of(NAMES.roots())])
 
 
 def linears_of(roots: Sequence[nn.Module]) -> list[Layer]:

@@ -35,6 +35,12 @@ class _Names:
     def roots(self) -> list[nn.Module]:
         return list(self._roots)
 
+    def holding(self, module: nn.Module | None) -> list[nn.Module]:
+        """The models that ``module`` is a part of; all of them, where it is not known."""
+        if module is None:
+            return self.roots()
+        return [r for r in self._roots if r is module or module in _descendants(r)]
+
     def tensors(self) -> dict[int, str]:
         found: dict[int, str] = {}
         for root in self._roots:
@@ -76,11 +82,13 @@ def _outermost_module(frame: FrameType | None) -> nn.Module | None:
     return found
 
 
-def learn_names() -> None:
-    """Remember the names of the model that is being called."""
+def learn_names() -> list[nn.Module]:
+    """Remember the names of the model that is being called, and return the models that hold it."""
     root = _outermost_module(sys._getframe(1))
+    root = getattr(root, "_orig_mod", root)
     if root is not None:
-        NAMES.add(getattr(root, "_orig_mod", root))
+        NAMES.add(root)
+    return NAMES.holding(root)
 
 
 def from_dynamo(gm: fx.GraphModule, examples: Sequence[Any]) -> fx.GraphModule:

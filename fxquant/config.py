@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from .errors import FxQuantError, InvalidOption, UnknownOption
+from .errors import InvalidOption, UnknownOption
 from .inductor import inductor_options, mode_options
 from .recipe import Recipe
 
@@ -41,7 +41,7 @@ class Config:
         spec = options.get("recipe", options.get("scheme"))
         dump = options.get("dump_dir") or os.environ.get("FXQUANT_DUMP_DIR")
         return Config(
-            recipe=None if spec is None else _recipe(spec),
+            recipe=None if spec is None else Recipe.of(spec),
             dump_dir=os.fspath(dump) if dump else None,
             strict=options.get("strict", False),
             inductor=mode_options(mode) | _inductor(options.get("inductor", {})),
@@ -51,16 +51,6 @@ class Config:
 def _expect(options: dict[str, Any], name: str, kind: Any, expected: str) -> None:
     if name in options and not isinstance(options[name], kind):
         raise InvalidOption(name=name, value=options[name], expected=expected)
-
-
-def _recipe(spec: Any) -> Recipe:
-    try:
-        return Recipe.of(spec)
-    except FxQuantError:
-        raise
-    except (TypeError, ValueError) as error:
-        expected = f"a scheme, a mapping or a list of rules ({error})"
-        raise InvalidOption(name="recipe", value=spec, expected=expected) from None
 
 
 def _inductor(settings: Mapping[str, Any]) -> dict[str, Any]:

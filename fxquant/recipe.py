@@ -9,9 +9,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from .errors import InvalidRule, UnusedRule
+from .errors import InvalidOption, InvalidRule, UnusedRule
 from .graph import Layer
 from .scheme import get_scheme
+
+EXPECTED = "a scheme, a mapping of name patterns to schemes, or a list of rules"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +67,7 @@ class Recipe:
     def of(spec: Recipe | str | Mapping[str, str | None] | Sequence[Any]) -> Recipe:
         """A recipe from ``"int8dq"``, ``{"*.head": None, "*": "int8dq"}`` or a list of rules.
 
-        Raises UnknownScheme and InvalidRule.
+        Raises UnknownScheme, InvalidRule, and InvalidOption for anything else.
         """
         if isinstance(spec, Recipe):
             return spec
@@ -73,6 +75,8 @@ class Recipe:
             return Recipe((Rule(scheme=spec),))
         if isinstance(spec, Mapping):
             return Recipe(tuple(Rule(name=k, scheme=v) for k, v in spec.items()))
+        if not isinstance(spec, Sequence):
+            raise InvalidOption(name="recipe", value=spec, expected=EXPECTED)
         return Recipe(tuple(_rule(i, r) for i, r in enumerate(spec)))
 
     def rule_for(self, layer: Layer) -> Rule | None:
@@ -105,8 +109,12 @@ class Recipe:
 
     @staticmethod
     def from_json(text: str) -> Recipe:
-        """Inverse of ``to_json``. Raises InvalidRule on unknown keys."""
-        return Recipe.of(json.loads(text))
+        """Inverse of ``to_json``. Raises InvalidRule on unknown keys, InvalidOption on no JSON."""
+        try:
+            return Recipe.of(json.loads(text))
+        except json.JSONDecodeError as error:
+            expected = f"JSON of {EXPECTED} ({error})"
+            raise InvalidOption(name="recipe", value=text, expected=expected) from None
 
 
 def _rule(index: int, spec: Any) -> Rule:
@@ -140,5 +148,6 @@ def _validate(index: int, rule: Rule) -> None:
                 raise InvalidRule(index=index, rule=rule, reason=f"{key}: {error}") from None
     size = rule.in_features
     pair = isinstance(size, tuple) and len(size) == 2
+    pair = pair and all(s is None or isinstance(s, int) for s in size)  # type: ignore[union-attr]
     if not (size is None or isinstance(size, int) or pair):
         raise InvalidRule(index=index, rule=rule, reason="in_features is a number or (min, max)")

@@ -97,6 +97,7 @@ def explain(
     this call does not reach) are listed as such. ``print`` the result for a table.
     """
     config = Config.of(options)
+    model = getattr(model, "_orig_mod", model)
     NAMES.add(model)
     found: dict[str, Layer] = {}
     graphs = 0
@@ -110,8 +111,9 @@ def explain(
 
     with torch.no_grad():
         torch.compile(model, backend=collect, dynamic=dynamic)(*args, **kwargs)
+    embeddings = {name for name, m in model.named_modules() if isinstance(m, nn.Embedding)}
     for layer in linears_of([model]):
-        if layer.name not in found and layer.module_type.rpartition(".")[2] != "Embedding":
+        if layer.name not in found and layer.name not in embeddings:
             layer.reason = "in no compiled graph: not reached by this call, or skipped by TorchDynamo"
             found[layer.name] = layer
     return Report(tuple(found.values()), graphs)
