@@ -10,6 +10,8 @@ from pathlib import Path
 from .cost import _compiled, crossovers
 from .kernel import CANONICAL, KERNELS, LAYOUTS, Kernel, Layout, Problem
 
+FALLBACK = "dequantize"
+
 TYPICAL_ROWS = (1, 16, 256, 2048)
 """A layout is chosen once for a layer: the one whose kernels take least time over these."""
 
@@ -53,8 +55,14 @@ def _select(whole: Problem) -> Choice:
     if tuned := _tuned(whole, usable):
         kernels = [k for k, _ in tuned]
         return Choice(kernels[0].layout, tuple(tuned), refused | _not_chosen(usable, kernels))
-    for name, kernels in by_layout.items():  # the fallback unpacks any layout
-        kernels.extend(k for k in by_layout.get(CANONICAL, []) if name != CANONICAL)
+    fallback = KERNELS[FALLBACK]
+    if whole.scheme.input is None:  # it unpacks any layout
+        for kernels in by_layout.values():
+            if fallback not in kernels:
+                kernels.append(fallback)
+    elif len(usable) > 1:  # quantized activations promise a product of codes wherever there is one
+        by_layout[CANONICAL].remove(fallback)
+        by_layout = {name: kernels for name, kernels in by_layout.items() if kernels}
     total = {
         name: sum(min(_compiled(k.cost(whole))(m) for k in kernels) for m in TYPICAL_ROWS)
         for name, kernels in by_layout.items()

@@ -14,14 +14,13 @@ from ..inductor import trace_function
 from ..lowering.devices import device_row
 from ..lowering.dispatch import run_kernel
 from ..lowering.kernel import Problem
-from ..lowering.select import Choice, select
+from ..lowering.select import FALLBACK, Choice, select
 from ..scheme import get_scheme
 from .base import Pass
 from .folding import fold
 
 aten = torch.ops.aten
 ops = torch.ops.fxquant
-FALLBACK = "dequantize"
 
 
 def lower(*, strict: bool = False) -> Pass:

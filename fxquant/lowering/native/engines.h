@@ -56,36 +56,6 @@ struct PortableInt {
   }
 };
 
-template <Format F>
-struct Float32 {
-  using X = float;
-  using Sum = float;
-  using Acc = f32x16;
-  using Word = f32x16;
-  static constexpr Format FORMAT = F;
-  static constexpr bool PREFETCH = false;
-  static constexpr int STEP = 32 / bits_of(F), DEPTH = 1, WORDS = STEP;
-  static constexpr int OFFSET = 0;
-  static constexpr bool CONVERTS = true;
-  static INLINE Word broadcast(const X* x) { return splat(*x); }
-  static INLINE Acc dot(Acc acc, Word x, Word w) { return acc + x * w; }
-  static INLINE Word operand(u32x16 packed, int j) {
-    u32x16 code = (packed >> place(F, false, j)) & ((1u << bits_of(F)) - 1);
-    if constexpr (F == E4M3) {
-      u32x16 magnitude = code & 0x7f, sign = (code & 0x80) << 24;
-      // Rebias the exponent; a subnormal is 2^-6 too large when read as a normal number.
-      f32x16 normal = bits<f32x16>((magnitude << 20) + (120u << 23));
-      f32x16 subnormal = bits<f32x16>((magnitude << 20) + (121u << 23)) - 0x1p-6f;
-      u32x16 small = (u32x16)(magnitude < 8u), nan = (u32x16)(magnitude == 0x7fu);
-      u32x16 value = (small & bits<u32x16>(subnormal)) | (~small & bits<u32x16>(normal));
-      return bits<f32x16>(value | sign | (nan & 0x7fc00000u));
-    } else {
-      // In the last bits of a float at 2^23 an integer stands for itself.
-      return bits<f32x16>(code | 0x4b000000u) - (0x1p23f + float(1 << (bits_of(F) - 1)));
-    }
-  }
-};
-
 #if defined(__AVX512VNNI__) && defined(__AVX512BW__) && !defined(FXQUANT_PORTABLE)
 template <Format F>
 struct Vnni {
@@ -181,6 +151,42 @@ struct Bf16 {
   }
 };
 #endif
+
+template <Format F>
+struct Float32 {
+  using X = float;
+  using Sum = float;
+  using Acc = f32x16;
+  using Word = f32x16;
+  static constexpr Format FORMAT = F;
+  static constexpr bool PREFETCH = false;
+  static constexpr int STEP = 32 / bits_of(F), DEPTH = 1, WORDS = STEP;
+  static constexpr int OFFSET = 0;
+  static constexpr bool CONVERTS = true;
+  static INLINE Word broadcast(const X* x) { return splat(*x); }
+  static INLINE Acc dot(Acc acc, Word x, Word w) { return acc + x * w; }
+  static INLINE Word operand(u32x16 packed, int j) {
+#ifdef FXQUANT_BF16
+    if constexpr (F != U8) {  // a bfloat16 is the upper half of a float32
+      u32x16 pair = Bf16<F>::operand(packed, j / 2);
+      return bits<f32x16>(j % 2 ? pair & 0xffff0000u : pair << 16);
+    }
+#endif
+    u32x16 code = (packed >> place(F, false, j)) & ((1u << bits_of(F)) - 1);
+    if constexpr (F == E4M3) {
+      u32x16 magnitude = code & 0x7f, sign = (code & 0x80) << 24;
+      // Rebias the exponent; a subnormal is 2^-6 too large when read as a normal number.
+      f32x16 normal = bits<f32x16>((magnitude << 20) + (120u << 23));
+      f32x16 subnormal = bits<f32x16>((magnitude << 20) + (121u << 23)) - 0x1p-6f;
+      u32x16 small = (u32x16)(magnitude < 8u), nan = (u32x16)(magnitude == 0x7fu);
+      u32x16 value = (small & bits<u32x16>(subnormal)) | (~small & bits<u32x16>(normal));
+      return bits<f32x16>(value | sign | (nan & 0x7fc00000u));
+    } else {
+      // In the last bits of a float at 2^23 an integer stands for itself.
+      return bits<f32x16>(code | 0x4b000000u) - (0x1p23f + float(1 << (bits_of(F) - 1)));
+    }
+  }
+};
 
 // Operands that have been decoded into memory: one word to a step.
 template <class E>

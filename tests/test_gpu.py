@@ -1,0 +1,62 @@
+"""The whole pipeline on a GPU: every scheme compiled by Inductor, CUDA graphs, changing rows."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import fxquant
+from fxquant.scheme import SCHEMES
+
+from .conftest import Block, sqnr
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+DISTINCT = [s for s in SCHEMES if not s.endswith(("64", "128", "256", "128-sym", "256-sym"))]
+
+
+@pytest.mark.parametrize("scheme", [*DISTINCT, "int4wo-64", "int4wo-128", "int4wo-64-sym"])
+@torch.no_grad()
+def test_scheme_compiles_and_is_right(scheme):
+    model = Block(256).cuda().bfloat16().requires_grad_(False).eval()
+    x = torch.randn(2, 24, 256, device="cuda", dtype=torch.bfloat16)
+    reference = fxquant.quantize(_copy(model), scheme)(x)
+    run = torch.compile(model, backend="fxquant", options={"scheme": scheme}, fullgraph=True)
+    y = run(x)
+    assert sqnr(y, reference) > 36, "the kernels differ from the reference by more than rounding"
+    assert sqnr(y, model(x)) > min(SCHEMES[scheme].sqnr, 30) - 4
+    assert torch.equal(run(x), y), "bit-identical from run to run"
+
+
+@pytest.mark.parametrize("scheme", ["int8dq", "int4wo-64", "8da4w-32"])
+@torch.no_grad()
+def test_cuda_graphs_and_weight_updates(scheme):
+    model = Block(256).cuda().bfloat16().requires_grad_(False).eval()
+    x = torch.randn(1, 1, 256, device="cuda", dtype=torch.bfloat16)
+    run = fxquant.compile(model, scheme, mode="reduce-overhead", fullgraph=True)
+    for _ in range(4):
+        y = run(x).clone()
+    floor = min(SCHEMES[scheme].sqnr, 30) - 4
+    assert sqnr(y, model(x)) > floor
+    model.down.weight.mul_(-1)
+    for _ in range(3):
+        y = run(x).clone()
+    assert sqnr(y, model(x)) > floor
+
+
+@pytest.mark.parametrize("scheme", ["int8dq", "int4wo-64"])
+@torch.no_grad()
+def test_changing_rows_make_at_most_two_graphs(scheme):
+    model = Block(256).cuda().bfloat16().requires_grad_(False).eval()
+    run = torch.compile(model, backend="fxquant", options={"scheme": scheme}, fullgraph=True)
+    torch._dynamo.utils.counters.clear()
+    for rows in (1, 3, 17, 64, 300):
+        x = torch.randn(1, rows, 256, device="cuda", dtype=torch.bfloat16)
+        assert sqnr(run(x), model(x)) > min(SCHEMES[scheme].sqnr, 30) - 4
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 3
+
+
+def _copy(model: Block) -> Block:
+    other = Block(256).cuda().bfloat16().requires_grad_(False).eval()
+    other.load_state_dict(model.state_dict())
+    return other
