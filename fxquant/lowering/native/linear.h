@@ -189,7 +189,7 @@ void all_rows(
   if constexpr (grouped(E::FORMAT)) {
     row = rows<E, 6, 2>(t, p, panel, span, begin, row, end);
     row = rows<E, 4, 2>(t, p, panel, span, begin, row, end);
-  } else if constexpr (E::DEPTH == 2 && E::WORDS > 1) {
+  } else if constexpr (E::WORDS > 1) {
     row = rows<E, 8, 2>(t, p, panel, span, begin, row, end);
     row = rows<E, 4, 4>(t, p, panel, span, begin, row, end);
   } else {
