@@ -114,9 +114,7 @@ class Watch:
         for i, layer in self.weights:
             name = names.get(id(args[i]), "").removesuffix(".weight") or layer.name
             rule = self.recipe.rule_for(
-                Layer(
-                    name=name, module_type=layer.module_type, in_features=layer.in_features
-                )
+                Layer(name=name, module_type=layer.module_type, in_features=layer.in_features)
             )
             wanted = rule.scheme if rule else None
             compiled = (rule0 := self.recipe.rule_for(layer)) and rule0.scheme
@@ -328,7 +326,7 @@ def compile(
     if mode is not None:
         options["inductor"] = config.inductor
     return torch.compile(
-        model, backend="fxquant", options=options, fullgraph=fullgraph, dynamic=dynamic
+        model, backend=fxquant_backend, options=options, fullgraph=fullgraph, dynamic=dynamic
     )
 
 

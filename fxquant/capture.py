@@ -200,10 +200,20 @@ def name_layer(gm: fx.GraphModule, node: fx.Node, weight_parameters: frozenset[s
     owned = [n for n in names if n.rpartition(".")[0] == path]
     if any(n.rpartition(".")[2] == "weight" for n in owned) or not names:
         return path or node.name
-    if path and not owned and kind.endswith("Linear"):  # tied: the weight is named after its first user
+    if (
+        path and not owned and kind.endswith("Linear")
+    ):  # tied: the weight is named after its first user
         return path
     first = owned[0] if owned else names[0]
     return re.sub(r"\.(weight|_codes)$", "", first)
 
 
-__all__ = ["NAMES", "from_dynamo", "from_export", "learn_names", "name_layer", "parameters", "trace"]
+__all__ = [
+    "NAMES",
+    "from_dynamo",
+    "from_export",
+    "learn_names",
+    "name_layer",
+    "parameters",
+    "trace",
+]

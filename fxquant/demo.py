@@ -73,7 +73,9 @@ def texts(count: int) -> list[str]:
     found: list[str] = []
     for name in TEXT_MODULES:
         module = import_module(name)
-        parts = [name] + [f"{name}.{m.name}" for m in pkgutil.iter_modules(getattr(module, "__path__", []))]
+        parts = [name] + [
+            f"{name}.{m.name}" for m in pkgutil.iter_modules(getattr(module, "__path__", []))
+        ]
         for part in parts:
             if part.rpartition(".")[2].startswith("_") or "windows" in part:
                 continue
@@ -134,7 +136,9 @@ def run(schemes: tuple[str, ...] = SCHEMES, dump_dir: str | None = None, rounds:
         get_scheme(scheme)
     started = time.perf_counter()
     chosen, why = subject()
-    print(f"model: {chosen.name}, {BATCH} texts of {TOKENS} tokens, {torch.get_num_threads()} threads")
+    print(
+        f"model: {chosen.name}, {BATCH} texts of {TOKENS} tokens, {torch.get_num_threads()} threads"
+    )
     if why:
         print(f"note: the demo model is missing ({why})")
     dumps = Path(dump_dir or tempfile.mkdtemp(prefix="fxquant_dumps_"))
@@ -151,7 +155,7 @@ def run(schemes: tuple[str, ...] = SCHEMES, dump_dir: str | None = None, rounds:
         progress.update()
     for scheme in schemes:
         progress.set_postfix_str(scheme)
-        report = explain(base, options={"scheme": scheme}, **chosen.inputs)
+        report = explain(base, options={"scheme": scheme}, **chosen.inputs)  # type: ignore[arg-type]
         sizes[scheme] = weight_bytes(base, report)
         calls[scheme] = _bound(
             fx_compile(base, scheme, dump_dir=str(dumps / scheme)), chosen.inputs

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import fx
 
-from .graph import is_folded, fetch, layers
+from .graph import fetch, is_folded, layers
 from .inductor import emit_artifact
 
 log = logging.getLogger("fxquant.dump")

@@ -71,9 +71,7 @@ def fake_mode(gm: fx.GraphModule):
 PROVENANCE = ("stack_trace", "nn_module_stack", "source_fn_stack", "custom")
 
 
-def emit(
-    graph: fx.Graph, like: fx.Node, target: Callable, *args: Any, **kwargs: Any
-) -> fx.Node:
+def emit(graph: fx.Graph, like: fx.Node, target: Callable, *args: Any, **kwargs: Any) -> fx.Node:
     """Append ``target(*args)`` at the insertion point: fake value computed, provenance of ``like``."""
     node = _append(graph, like, target, args, kwargs)
     node.meta["val"] = evaluate(node)
@@ -219,7 +217,9 @@ def bodies_of(gm: fx.GraphModule) -> Iterator[fx.GraphModule]:
         for body, operands in calls_of(gm, node):
             known = body.meta.setdefault("fxquant_parameters", {})
             body.meta["fxquant_body"] = True
-            for inner, actual in zip(body.graph.find_nodes(op="placeholder"), operands, strict=True):
+            for inner, actual in zip(
+                body.graph.find_nodes(op="placeholder"), operands, strict=True
+            ):
                 if isinstance(actual, fx.Node) and actual in outer:
                     known[inner.name] = outer[actual]
             yield body

@@ -12,8 +12,8 @@ import torch
 from torch import fx
 from torch._dynamo.source import ConstantSource
 from torch._guards import TracingContext, tracing
-from torch._inductor import list_mode_options
 from torch._inductor import config as inductor_config
+from torch._inductor import list_mode_options
 from torch._inductor.compile_fx import compile_fx
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._logging import trace_structured
@@ -182,7 +182,9 @@ def compile_graph(
     if hasattr(origin, "_param_name_to_source"):
         gm._param_name_to_source = {}  # every parameter is a placeholder
     context = TracingContext.try_get()
-    mode = getattr(context, "fake_mode", None) or _mode_of([n.meta.get("val") for n in gm.graph.nodes])
+    mode = getattr(context, "fake_mode", None) or _mode_of(
+        [n.meta.get("val") for n in gm.graph.nodes]
+    )
     static = [mode.from_tensor(t, static_shapes=True) if mode else t for t in packed]
     placeholders = gm.graph.find_nodes(op="placeholder")
     for i, node in enumerate(placeholders[len(placeholders) - len(packed) :]):

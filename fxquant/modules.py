@@ -127,7 +127,9 @@ class QuantLinear(nn.Module):
             elif given.shape != tensor.shape or given.dtype != tensor.dtype:
                 expected = f"{list(tensor.shape)} {tensor.dtype}"
                 found = f"{list(given.shape)} {given.dtype}"
-                errors.append(str(ShapeMismatch(what=prefix + name, found=found, expected=expected)))
+                errors.append(
+                    str(ShapeMismatch(what=prefix + name, found=found, expected=expected))
+                )
             elif tensor.device.type == "meta" or local_metadata.get("assign_to_params_buffers"):
                 self._buffers[f"_{name}"] = given.detach().clone()
             else:

@@ -65,7 +65,9 @@ def _quantize_fake(x, scheme, role):  # shapes alone: the reference is a score o
     spec = spec_of(scheme, role)
     per_byte = max(1, 8 // spec.bits)
     codes = x.new_empty((*x.shape[:-1], x.shape[-1] // per_byte), dtype=spec.codes_dtype)
-    blocks = [1 if b == -1 else n // b for n, b in zip(x.shape, spec.block_size(x.dim()), strict=True)]
+    blocks = [
+        1 if b == -1 else n // b for n, b in zip(x.shape, spec.block_size(x.dim()), strict=True)
+    ]
     scale = x.new_empty(blocks, dtype=spec.scale_dtype)
     zero = {"none": None, "float": spec.scale_dtype, "int": torch.int32}[spec.zero_point_domain]
     return [codes, scale] if zero is None else [codes, scale, x.new_empty(blocks, dtype=zero)]

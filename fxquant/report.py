@@ -30,7 +30,7 @@ class Report:
         return [layer for layer in self.layers if layer.scheme]
 
     @property
-    def float(self) -> list[Layer]:
+    def unquantized(self) -> list[Layer]:
         return [layer for layer in self.layers if not layer.scheme]
 
     @property
@@ -55,7 +55,9 @@ class Report:
         table = tabulate(rows, headers=COLUMNS, maxcolwidths=[None] * 6 + [60])
         before = sum(_float_bytes(layer) for layer in self.layers)
         after = sum(_bytes(layer) for layer in self.layers)
-        total = f"{len(self.quantized)} of {len(self.layers)} linears quantized, {self.graphs} graphs"
+        total = (
+            f"{len(self.quantized)} of {len(self.layers)} linears quantized, {self.graphs} graphs"
+        )
         return f"{table}\n{total}, weights {before / 2**20:.1f} -> {after / 2**20:.1f} MiB"
 
 
@@ -114,6 +116,8 @@ def explain(
     embeddings = {name for name, m in model.named_modules() if isinstance(m, nn.Embedding)}
     for layer in linears_of([model]):
         if layer.name not in found and layer.name not in embeddings:
-            layer.reason = "in no compiled graph: not reached by this call, or skipped by TorchDynamo"
+            layer.reason = (
+                "in no compiled graph: not reached by this call, or skipped by TorchDynamo"
+            )
             found[layer.name] = layer
     return Report(tuple(found.values()), graphs)

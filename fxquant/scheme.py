@@ -61,7 +61,9 @@ class QuantSpec:
 
     def block_size(self, rank: int) -> list[int]:
         """Block of values that share a scale; -1 stands for the whole dimension."""
-        last = {"tensor": -1, "channel": -1, "token": -1, "group": self.group_size}[self.granularity]
+        last = {"tensor": -1, "channel": -1, "token": -1, "group": self.group_size}[
+            self.granularity
+        ]
         lead = -1 if self.granularity == "tensor" else 1
         return [lead] * (rank - 1) + [int(last or -1)]
 

@@ -110,7 +110,10 @@ class Folded(nn.Module):
         return entry.tensors
 
     def _compute(
-        self, key: tuple[str, tuple[int, ...]], found: Fingerprint, parameters: Sequence[torch.Tensor]
+        self,
+        key: tuple[str, tuple[int, ...]],
+        found: Fingerprint,
+        parameters: Sequence[torch.Tensor],
     ) -> Entry:
         for parameter in parameters:
             RESIDENTS.restore(parameter)

@@ -39,7 +39,9 @@ class Block(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         h = self.norm(x)
-        q, k, v = (p(h).view(*h.shape[:-1], 4, -1).transpose(-2, -3) for p in (self.q, self.k, self.v))
+        q, k, v = (
+            p(h).view(*h.shape[:-1], 4, -1).transpose(-2, -3) for p in (self.q, self.k, self.v)
+        )
         a = nn.functional.scaled_dot_product_attention(q, k, v)
         x = x + a.transpose(-2, -3).reshape(h.shape)
         h = self.norm(x)

@@ -35,7 +35,7 @@ UNIT_ROUNDOFF = {
 
 @dataclass(frozen=True)
 class Sample:
-    """One linear with data: x [m, k] of the activations' dtype, canonical weight, bias [n] or None."""
+    """One linear with data: x [m, k], canonical weight, bias [n] or None."""
 
     scheme: Scheme
     x: torch.Tensor
@@ -95,18 +95,26 @@ def random_sample(
     return Sample(scheme, x, scheme.weight.quantize(w), b)
 
 
-def operands(sample: Sample) -> tuple[torch.Tensor, torch.Tensor]:
-    """Activations and weight as the scheme sees them, in float64."""
+def operands(
+    sample: Sample, device: str | torch.device = "cpu"
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Activations and weight as the scheme sees them, in float64.
+
+    Activations are quantized on ``device``: CUDA divides by a constant through its reciprocal, so
+    its scale may differ in the last bit, and a code on a half with it.
+    """
     spec = sample.scheme.input
     x = sample.x.double()
     if spec is not None and x.numel():
-        x = spec.dequantize(spec.quantize(sample.x), torch.float64)
+        x = spec.dequantize(spec.quantize(sample.x.to(device)), torch.float64).cpu()
     return x, sample.scheme.weight.dequantize(sample.weight, torch.float64)
 
 
-def reference(sample: Sample, epilogue: str = "") -> torch.Tensor:
+def reference(
+    sample: Sample, epilogue: str = "", device: str | torch.device = "cpu"
+) -> torch.Tensor:
     """y [m, n] in float64."""
-    x, w = operands(sample)
+    x, w = operands(sample, device)
     y = x @ w.T
     return ACTIVATIONS[epilogue](y if sample.bias is None else y + sample.bias.double())
 
@@ -150,7 +158,7 @@ def exact_probe(
     y = run(kernel, sample.to(device))
     what = f"{_name(kernel)}, {sample.scheme.name}, {m}x{n}x{k}, {dtype}, bias={bias}"
     # float32 first: the reference is exact there, so this is one rounding, not two
-    assert_equal(y.cpu(), reference(sample).float().to(dtype), what)
+    assert_equal(y.cpu(), reference(sample, device=device).float().to(dtype), what)
     return y
 
 
@@ -160,11 +168,11 @@ def bound_ratio(sample: Sample, y: torch.Tensor, epilogue: str = "") -> torch.Te
     The activations this project fuses have slopes within [-0.13, 1.13]: with one, the allowance
     grows by 1.13.
     """
-    x, w = operands(sample)
+    x, w = operands(sample, y.device)
     u = UNIT_ROUNDOFF[sample.x.dtype]
-    ref = reference(sample, epilogue)
+    ref = reference(sample, epilogue, y.device)
     slope = 1.0 if not epilogue else 1.13
-    inner = reference(sample)
+    inner = reference(sample, device=y.device)
     allowed = slope * (6 * u / 3**0.5 * (x.square() @ w.square().T).sqrt() + u * inner.abs())
     # a result that is exactly zero (no terms, or all of them zero) has no allowance but itself
     smallest = torch.finfo(sample.x.dtype).tiny
@@ -225,7 +233,7 @@ def recipe_sqnr(
 def layout_round_trip(
     kernel: Kernel | str, scheme: Scheme | str, n: int, k: int, device: str | torch.device = "cpu"
 ) -> list[torch.Tensor]:
-    """``unpack(pack(q))`` is q bit for bit, on random codes of the full range. Returns the packed."""
+    """``unpack(pack(q))`` is q bit for bit, on random codes of the full range."""
     kernel = KERNELS[kernel] if isinstance(kernel, str) else kernel
     scheme = get_scheme(scheme) if isinstance(scheme, str) else scheme
     weight = random_sample(scheme, 0, n, k, torch.float32).weight

@@ -194,7 +194,7 @@ def test_what_is_not_a_parameter_stays_float_and_is_reported(graphs):
     model, x, w = Free(), torch.randn(5, K), torch.randn(N, K)
     report = fxquant.explain(model, x, w)
     assert [layer.name for layer in report.quantized] == ["fc"]
-    assert report.float[0].reason == "its weight is not a parameter or a buffer"
+    assert report.unquantized[0].reason == "its weight is not a parameter or a buffer"
     run = torch.compile(model, backend="fxquant", options={"scheme": "int8wo"}, fullgraph=True)
     assert 38 < sqnr(run(x, w), model(x, w)) < 60
 

@@ -222,7 +222,7 @@ def test_strict_refuses_what_does_not_fit_and_names_all(graphs):
     with pytest.raises(Exception, match=r"strict: .*1 \(in_features 48 .*\), 3 \(in_features 80 "):
         strict(model, scheme="int4wo-32")
     report = fxquant.explain(model, X, options={"scheme": "int4wo-32"})
-    assert {layer.name for layer in report.float} == {"1", "3"}
+    assert {layer.name for layer in report.unquantized} == {"1", "3"}
     y = torch.compile(model, backend="fxquant", options={"scheme": "int4wo-32"})(X)
     assert 15 < sqnr(y, model(X)) < 40, "without strict the others are quantized"
 

@@ -27,7 +27,9 @@ X = torch.randn(5, 64, generator=torch.Generator().manual_seed(1))
 def held(model: nn.Module) -> int:
     """Bytes of the storages that a model's tensors really own."""
     tensors = [*model.parameters(), *model.buffers()]
-    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+    return sum(
+        {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values()
+    )
 
 
 @pytest.mark.parametrize("scheme", [s for s in SCHEMES if not s.endswith(("128", "256", "sym"))])

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import fxquant
+from fxquant.backend import fxquant_backend
 from fxquant.scheme import SCHEMES
 
 from .conftest import Block, sqnr
@@ -21,7 +22,7 @@ def test_scheme_compiles_and_is_right(scheme):
     model = Block(256).cuda().bfloat16().requires_grad_(False).eval()
     x = torch.randn(2, 24, 256, device="cuda", dtype=torch.bfloat16)
     reference = fxquant.quantize(_copy(model), scheme)(x)
-    run = torch.compile(model, backend="fxquant", options={"scheme": scheme}, fullgraph=True)
+    run = torch.compile(model, backend=fxquant_backend, options={"scheme": scheme}, fullgraph=True)
     y = run(x)
     assert sqnr(y, reference) > 36, "the kernels differ from the reference by more than rounding"
     assert sqnr(y, model(x)) > min(SCHEMES[scheme].sqnr, 30) - 4
@@ -48,7 +49,7 @@ def test_cuda_graphs_and_weight_updates(scheme):
 @torch.no_grad()
 def test_changing_rows_make_at_most_two_graphs(scheme):
     model = Block(256).cuda().bfloat16().requires_grad_(False).eval()
-    run = torch.compile(model, backend="fxquant", options={"scheme": scheme}, fullgraph=True)
+    run = torch.compile(model, backend=fxquant_backend, options={"scheme": scheme}, fullgraph=True)
     torch._dynamo.utils.counters.clear()
     for rows in (1, 3, 17, 64, 300):
         x = torch.randn(1, rows, 256, device="cuda", dtype=torch.bfloat16)

@@ -143,7 +143,10 @@ def test_low_rank_update_in_the_forward_is_folded(graphs):
         def __init__(self):
             super().__init__()
             self.base = nn.Linear(64, 32)
-            self.a, self.b = nn.Parameter(torch.randn(4, 64) / 8), nn.Parameter(torch.randn(32, 4) / 8)
+            self.a, self.b = (
+                nn.Parameter(torch.randn(4, 64) / 8),
+                nn.Parameter(torch.randn(32, 4) / 8),
+            )
 
         def forward(self, x):
             return nn.functional.linear(x, self.base.weight + self.b @ self.a, self.base.bias)

@@ -65,4 +65,6 @@ def _bisect(best, low: int, high: int, current: int) -> int:
 
 @lru_cache(maxsize=4096)
 def _compiled(cost: sympy.Expr):
-    return sympy.lambdify(M, cost, modules=[{"Max": max, "ceiling": lambda v: -int(-v // 1)}, "math"])
+    return sympy.lambdify(
+        M, cost, modules=[{"Max": max, "ceiling": lambda v: -int(-v // 1)}, "math"]
+    )

@@ -103,9 +103,7 @@ def unpack(scheme: Scheme, packed: Sequence[torch.Tensor], n: int, k: int) -> Qu
     if spec.group_size is None:
         return Quantized(stored, packed[1].unsqueeze(1), None)
     has_zero = spec.zero_point_domain == "float"
-    return Quantized(
-        stored, _from_panels(packed[1]), _from_panels(packed[2]) if has_zero else None
-    )
+    return Quantized(stored, _from_panels(packed[1]), _from_panels(packed[2]) if has_zero else None)
 
 
 LAYOUT = Layout(name="panels", pack=pack, unpack=unpack)
@@ -126,7 +124,9 @@ def _expected(name: str, n: int, k: int) -> tuple[int, int, bool, tuple[tuple, .
     scheme = get_scheme(name)
     spec = scheme.weight
     if spec.group_size is not None and k % spec.group_size:
-        raise ShapeMismatch(what="x", found=("M", k), expected=f"(M, multiple of {spec.group_size})")
+        raise ShapeMismatch(
+            what="x", found=("M", k), expected=f"(M, multiple of {spec.group_size})"
+        )
     groups = 1 if spec.group_size is None else k // spec.group_size
     steps = -(-k // (32 // spec.bits))
     rows = (n,) if spec.group_size is None else (n, groups)

@@ -22,7 +22,7 @@ from .kernel import (
     kernel,
     multiple_of,
 )
-from .triton_launch import estimate, input_is, weight_is
+from .triton_launch import LIBRARY, estimate, input_is, weight_is
 from .triton_w4a16 import grouped
 
 TINYGEMM_MEMORY = 0.45  # 35 us at one row
@@ -75,6 +75,26 @@ def unpack_tinygemm(scheme: Scheme, tensors, n: int, k: int) -> Quantized:
     return Quantized(codes, scale, None if spec.zero_point_domain == "none" else zero)
 
 
+ALIGNMENT = 16
+"""Bytes: tinygemm loads activations as vectors, and does not look where they start."""
+
+
+def _tinygemm(x, words, group, pairs):
+    x = x.contiguous()
+    if x.data_ptr() % ALIGNMENT:
+        x = x.clone()
+    return torch.ops.aten._weight_int4pack_mm.default(x, words, group, pairs)
+
+
+LIBRARY.define("tinygemm(Tensor x, Tensor words, int group, Tensor pairs) -> Tensor")
+LIBRARY.impl("tinygemm", _tinygemm, "CUDA")
+
+
+@torch.library.register_fake("fxquant::tinygemm", lib=LIBRARY)
+def _tinygemm_fake(x, words, group, pairs):
+    return x.new_empty(x.shape[0], pairs.shape[1])
+
+
 TINYGEMM = Layout(name="tinygemm", pack=pack_tinygemm, unpack=unpack_tinygemm)
 
 
@@ -101,7 +121,7 @@ def tinygemm(scheme, x, packed, bias, epilogue):
         return x.new_empty(0, packed[1].shape[1])
     words, pairs = packed
     group = scheme.weight.group_size
-    y = torch.ops.aten._weight_int4pack_mm.default(x.contiguous(), words, group, pairs)
+    y = torch.ops.fxquant.tinygemm(x, words, group, pairs)
     return y if bias is None else y + bias.to(y.dtype)
 
 

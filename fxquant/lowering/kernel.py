@@ -152,11 +152,15 @@ def at_most_rows(limit: int) -> Need:
     """The number of rows is known and at most ``limit``."""
 
     def need(p: Problem) -> str | None:
-        return None if p.m is not None and p.m <= limit else f"serves up to {limit} rows, here {p.m}"
+        return (
+            None if p.m is not None and p.m <= limit else f"serves up to {limit} rows, here {p.m}"
+        )
 
     return need
 
 
 def has_feature(name: str) -> Need:
     """The device lists the feature ``name``."""
-    return lambda p: None if name in p.device.features else f"needs {name}, {p.device.name} has none"
+    return lambda p: (
+        None if name in p.device.features else f"needs {name}, {p.device.name} has none"
+    )

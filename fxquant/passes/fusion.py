@@ -19,7 +19,7 @@ def _activation(node: fx.Node) -> str | None:
     """The epilogue that ``node`` is, if it is one."""
     if node.target is aten.gelu.default:
         return {"none": "gelu", "tanh": "gelu_tanh"}[node.kwargs.get("approximate", "none")]  # type: ignore[index]
-    return {aten.relu.default: "relu", aten.silu.default: "silu"}.get(node.target)  # type: ignore[arg-type]
+    return {aten.relu.default: "relu", aten.silu.default: "silu"}.get(node.target)  # type: ignore[call-overload]
 
 
 @rewrites("reference", ensures="fused")

@@ -50,8 +50,8 @@ struct Prepared {
 // from span to span: it bounds both their error and what is decoded at once.
 struct Span {
   int64_t begin, end;
-  bool first;
-  float* totals;        // [rows, PANEL]
+  bool first, last;
+  float* totals;        // [rows, PANEL]; of only a tile's rows where the span is all of K
   const uint8_t* next;  // weight to fetch meanwhile
 };
 
@@ -64,41 +64,67 @@ int64_t steps_of(const Linear& t) {  // of a group
   return (t.k / t.groups + E::STEP - 1) / E::STEP;
 }
 
-// The end of rows `begin` to `end` of a panel: from sums in `totals` to y. `scale` [PANEL] or null.
-__attribute__((noinline)) inline void finish(
-    const Linear& t, int64_t begin, int64_t end, int64_t column, const float* scale,
+// The end of `rows` rows of a panel: from their sums in `totals` to y. `scale` [PANEL] or null.
+template <Dtype Y, bool ACTIVATES>
+void finish_as(
+    const Linear& t, int64_t row, int64_t rows, int64_t column, const float* scale,
     const float* totals) {
-  for (int64_t n = column; n < t.n && n < column + PANEL; n += 16) {
-    const int64_t count = t.n - n, at = n - column;
-    f32x16 factor = splat(1.0f), shift = {}, weight_sum = {};
-    if (scale) factor = load<f32x16>(scale + at);
-    if (t.x_zero) weight_sum = load_some(t.weight_sum + n, FLOAT32, count);
+  const int64_t width = t.n - column < PANEL ? t.n - column : PANEL;
+  f32x16 factor[4], shift[4], weight_sum[4];
+  for (int v = 0; v < 4; v++) {
+    const int64_t at = 16 * v, n = column + at;
+    factor[v] = scale ? load<f32x16>(scale + at) : splat(1.0f);
+    shift[v] = weight_sum[v] = f32x16{};
+    if (at >= width) continue;
+    if (t.x_zero) weight_sum[v] = load_some(t.weight_sum + n, FLOAT32, width - at);
     if (t.bias) {
-      shift = load_some((const char*)t.bias + n * size_of(t.bias_dtype), t.bias_dtype, count);
-    }
-    for (int64_t m = begin; m < end; m++) {
-      f32x16 y = load<f32x16>(totals + (m - begin) * PANEL + at) * factor;
-      if (t.x_zero) y -= weight_sum * float(t.x_zero[m]);
-      if (t.x_scale) y *= t.x_scale[m];
-      y = activate(t.activation, y + shift);
-      store_some(t.y + (m * t.n + n) * size_of(t.y_dtype), t.y_dtype, y, count);
+      const char* bias = (const char*)t.bias + n * size_of(t.bias_dtype);
+      shift[v] = load_some(bias, t.bias_dtype, width - at);
     }
   }
+  for (int64_t r = row; r < row + rows; r++, totals += PANEL) {
+    const float x_scale = t.x_scale ? t.x_scale[r] : 1.0f;
+    const float x_zero = t.x_zero ? float(t.x_zero[r]) : 0.0f;
+    char* y = t.y + (r * t.n + column) * size_of(Y);
+#pragma GCC unroll 4
+    for (int v = 0; v < 4; v++) {
+      f32x16 sum = load<f32x16>(totals + 16 * v) * factor[v] - weight_sum[v] * x_zero;
+      f32x16 value = sum * x_scale + shift[v];
+      if (ACTIVATES) value = activate(t.activation, value);
+      if (width == PANEL) {
+        store_float(y + 16 * v * size_of(Y), Y, value);
+      } else if (16 * v < width) {
+        store_some(y + 16 * v * size_of(Y), Y, value, width - 16 * v);
+      }
+    }
+  }
+}
+
+inline void finish(
+    const Linear& t, int64_t row, int64_t rows, int64_t column, const float* scale,
+    const float* totals) {
+  const bool activates = t.activation != NONE;
+  auto as = t.y_dtype == FLOAT32 ? activates ? finish_as<FLOAT32, true> : finish_as<FLOAT32, false>
+            : t.y_dtype == BFLOAT16
+                ? activates ? finish_as<BFLOAT16, true> : finish_as<BFLOAT16, false>
+                : activates ? finish_as<FLOAT16, true> : finish_as<FLOAT16, false>;
+  as(t, row, rows, column, scale, totals);
 }
 
 template <class E, int R, int V>
 __attribute__((noinline)) void tile(
     const Linear& t, const Prepared<E>& p, const Panel& panel, const Span& span, int64_t row,
-    int64_t row_of_totals, int first) {
+    int64_t begin, int first) {
   constexpr bool GROUPED = grouped(E::FORMAT);
   const int64_t groups = GROUPED ? t.groups : 1;
   const int64_t steps = GROUPED ? steps_of<E>(t) : span.end - span.begin;
   const uint8_t* w = panel.weight + (span.begin * 4 + first) * 64;
   const typename E::X* x = p.x + row * p.stride + span.begin * E::STEP;
   const auto* sums = p.sums + row * t.groups;
+  const int64_t row_of_totals = span.first && span.last ? 0 : row - begin;
   float* totals = span.totals + row_of_totals * PANEL + first * 16;
   // One line with each step of the first tiles, until all of the next span is on its way.
-  const int64_t fetched = row_of_totals / R * steps * 64;
+  const int64_t fetched = (row - begin) / R * steps * 64;
   const uint8_t* next = span.next + fetched;
   const int64_t line = fetched < SPAN * PANEL ? 64 : 0;
   f32x16 total[R][V] = {};
@@ -171,8 +197,12 @@ template <class E, int R, int V>
 INLINE int64_t rows(
     const Linear& t, const Prepared<E>& p, const Panel& panel, const Span& span, int64_t begin,
     int64_t row, int64_t end) {
+  const float* scale = grouped(E::FORMAT) ? nullptr : (const float*)panel.scale;
   for (; row + R <= end; row += R) {
-    for (int v = 0; v < 4; v += V) tile<E, R, V>(t, p, panel, span, row, row - begin, v);
+    const int64_t row_of_totals = span.first && span.last ? 0 : row - begin;
+    for (int v = 0; v < 4; v += V) tile<E, R, V>(t, p, panel, span, row, begin, v);
+    if (!span.last) continue;
+    finish(t, row, R, panel.column, scale, span.totals + row_of_totals * PANEL);
   }
   return row;
 }
@@ -213,12 +243,12 @@ void panel_rows(
     float* totals, uint8_t* decoded) {
   const int64_t all = t.groups * steps_of<E>(t);
   if constexpr (grouped(E::FORMAT) || E::DEPTH == 4) {
-    all_rows(t, p, panel, {0, all, true, totals, nullptr}, begin, end);
+    all_rows(t, p, panel, {0, all, true, true, totals, nullptr}, begin, end);
   } else {
     constexpr int64_t LENGTH = SPAN / E::STEP;
     for (int64_t s = 0; s < all; s += LENGTH) {
       const int64_t e = s + LENGTH < all ? s + LENGTH : all;
-      Span span{s, e, s == 0, totals, panel.weight + e * 4 * 64};
+      Span span{s, e, s == 0, e == all, totals, panel.weight + e * 4 * 64};
       if (end - begin < DECODE_ROWS) {
         all_rows(t, p, panel, span, begin, end);
         continue;
@@ -241,8 +271,6 @@ void panel_rows(
       all_rows<D>(t, q, {panel.column, decoded, panel.scale, nullptr}, span, begin, end);
     }
   }
-  const float* scale = grouped(E::FORMAT) ? nullptr : (const float*)panel.scale;
-  finish(t, begin, end, panel.column, scale, totals);
 }
 
 struct Free {

@@ -37,10 +37,14 @@ INLINE f32x16 from_bf16(u16x16 v) {
   return bits<f32x16>(__builtin_convertvector(v, u32x16) << 16);
 }
 INLINE u16x16 to_bf16(f32x16 v) {
+#if defined(__AVX512BF16__) && !defined(FXQUANT_PORTABLE)
+  return (u16x16)_mm512_cvtneps_pbh((__m512)v);
+#else
   u32x16 u = bits<u32x16>(v);
   u32x16 rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;  // to nearest, halves to even
   u32x16 nan = (u32x16)(v != v);
   return __builtin_convertvector((nan & ((u >> 16) | 0x40)) | (~nan & rounded), u16x16);
+#endif
 }
 
 // float16: by bits, where there is no instruction. Both are exact or rounded to nearest even.
