@@ -46,7 +46,7 @@ def test_the_observed_input_is_the_one_that_the_linear_reads():
     assert names == [f"{layer}:input" for layer in ("q", "k", "v", "gate", "up", "down")]
     q, k = linears[:2]
     assert q.args[0] is not k.args[0] and q.args[0].args[0] is k.args[0].args[0]
-    assert_provenance([q, q.args[0]], "q", "p(h)")
+    assert_provenance([q, q.args[0]], "q", "q, k, v = (")
 
 
 def test_a_layer_used_twice_has_one_observer():
