@@ -41,7 +41,7 @@ INLINE f32x16 gelu(f32x16 v) {
   return 0.5f * v * choose(z < 0.0f, tail, 2.0f - tail);
 }
 
-INLINE f32x16 activate(Activation activation, f32x16 v) {
+inline __attribute__((noinline)) f32x16 activate(Activation activation, f32x16 v) {
   switch (activation) {
     case RELU:
       return choose(v < 0.0f, f32x16{}, v);

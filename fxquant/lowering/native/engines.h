@@ -25,7 +25,15 @@ constexpr int place(Format f, bool integer, int k) {
 
 INLINE int32_t sum_of(const int8_t* x, int64_t count) {
   int32_t sum = 0;
-  for (int64_t k = 0; k < count; k++) sum += x[k];
+  int64_t k = 0;
+#ifdef FXQUANT_VNNI
+  __m512i lanes = _mm512_setzero_si512();
+  for (; k + 64 <= count; k += 64) {
+    lanes = _mm512_dpbusd_epi32(lanes, _mm512_set1_epi8(1), _mm512_loadu_si512(x + k));
+  }
+  sum = _mm512_reduce_add_epi32(lanes);
+#endif
+  for (; k < count; k++) sum += x[k];
   return sum;
 }
 template <class X>
@@ -56,7 +64,7 @@ struct PortableInt {
   }
 };
 
-#if defined(__AVX512VNNI__) && defined(__AVX512BW__) && !defined(FXQUANT_PORTABLE)
+#ifdef FXQUANT_VNNI
 template <Format F>
 struct Vnni {
   using X = int8_t;
@@ -84,8 +92,7 @@ template <Format F>
 using Integer = PortableInt<F>;
 #endif
 
-#if defined(__AVX512BF16__) && defined(__AVX512VBMI__) && !defined(FXQUANT_PORTABLE)
-#define FXQUANT_BF16 1
+#ifdef FXQUANT_BF16
 
 // Every code as a bfloat16, split in two tables of bytes (8-bit formats), or one of words.
 struct Bf16Tables {

@@ -64,50 +64,63 @@ int64_t steps_of(const Linear& t) {  // of a group
   return (t.k / t.groups + E::STEP - 1) / E::STEP;
 }
 
+// `count` (at most PANEL) values as float32, then zeros.
+inline void load_row(f32x16 (&row)[4], const void* from, Dtype dtype, int64_t count) {
+  if (count == 0) {
+    for (int v = 0; v < 4; v++) row[v] = f32x16{};
+    return;
+  }
+  char buffer[PANEL * 4];
+  if (count < PANEL) {
+    std::memset(buffer, 0, sizeof buffer);
+    from = std::memcpy(buffer, from, size_t(count * size_of(dtype)));
+  }
+  for (int v = 0; v < 4; v++) {
+    row[v] = load_as_float((const char*)from + 16 * v * size_of(dtype), dtype);
+  }
+}
+
 // The end of `rows` rows of a panel: from their sums in `totals` to y. `scale` [PANEL] or null.
-template <Dtype Y, bool ACTIVATES>
+template <Dtype Y, bool HAS_ZERO, bool ACTIVATES>
 void finish_as(
     const Linear& t, int64_t row, int64_t rows, int64_t column, const float* scale,
     const float* totals) {
   const int64_t width = t.n - column < PANEL ? t.n - column : PANEL;
   f32x16 factor[4], shift[4], weight_sum[4];
-  for (int v = 0; v < 4; v++) {
-    const int64_t at = 16 * v, n = column + at;
-    factor[v] = scale ? load<f32x16>(scale + at) : splat(1.0f);
-    shift[v] = weight_sum[v] = f32x16{};
-    if (at >= width) continue;
-    if (t.x_zero) weight_sum[v] = load_some(t.weight_sum + n, FLOAT32, width - at);
-    if (t.bias) {
-      const char* bias = (const char*)t.bias + n * size_of(t.bias_dtype);
-      shift[v] = load_some(bias, t.bias_dtype, width - at);
-    }
-  }
+  load_row(factor, scale, FLOAT32, scale ? PANEL : 0);
+  load_row(shift, (const char*)t.bias + column * size_of(t.bias_dtype), t.bias_dtype,
+           t.bias ? width : 0);
+  if (HAS_ZERO) load_row(weight_sum, t.weight_sum + column, FLOAT32, width);
   for (int64_t r = row; r < row + rows; r++, totals += PANEL) {
     const float x_scale = t.x_scale ? t.x_scale[r] : 1.0f;
-    const float x_zero = t.x_zero ? float(t.x_zero[r]) : 0.0f;
     char* y = t.y + (r * t.n + column) * size_of(Y);
+    char buffer[PANEL * 4];
+    char* to = width == PANEL ? y : buffer;
 #pragma GCC unroll 4
     for (int v = 0; v < 4; v++) {
-      f32x16 sum = load<f32x16>(totals + 16 * v) * factor[v] - weight_sum[v] * x_zero;
-      f32x16 value = sum * x_scale + shift[v];
+      f32x16 value = load<f32x16>(totals + 16 * v);
+      if (scale) value *= factor[v];
+      if (HAS_ZERO) value -= weight_sum[v] * float(t.x_zero[r]);
+      value = value * x_scale + shift[v];
       if (ACTIVATES) value = activate(t.activation, value);
-      if (width == PANEL) {
-        store_float(y + 16 * v * size_of(Y), Y, value);
-      } else if (16 * v < width) {
-        store_some(y + 16 * v * size_of(Y), Y, value, width - 16 * v);
-      }
+      store_float(to + 16 * v * size_of(Y), Y, value);
     }
+    if (width < PANEL) std::memcpy(y, buffer, size_t(width * size_of(Y)));
   }
+}
+
+template <Dtype Y>
+auto finisher(const Linear& t) {
+  if (t.activation == NONE) return t.x_zero ? finish_as<Y, true, false> : finish_as<Y, false, false>;
+  return t.x_zero ? finish_as<Y, true, true> : finish_as<Y, false, true>;
 }
 
 inline void finish(
     const Linear& t, int64_t row, int64_t rows, int64_t column, const float* scale,
     const float* totals) {
-  const bool activates = t.activation != NONE;
-  auto as = t.y_dtype == FLOAT32 ? activates ? finish_as<FLOAT32, true> : finish_as<FLOAT32, false>
-            : t.y_dtype == BFLOAT16
-                ? activates ? finish_as<BFLOAT16, true> : finish_as<BFLOAT16, false>
-                : activates ? finish_as<FLOAT16, true> : finish_as<FLOAT16, false>;
+  auto as = t.y_dtype == FLOAT32    ? finisher<FLOAT32>(t)
+            : t.y_dtype == BFLOAT16 ? finisher<BFLOAT16>(t)
+                                    : finisher<FLOAT16>(t);
   as(t, row, rows, column, scale, totals);
 }
 
@@ -215,7 +228,7 @@ void all_rows(
     const Linear& t, const Prepared<E>& p, const Panel& panel, const Span& span, int64_t begin,
     int64_t end) {
   int64_t row = begin;
-#ifdef __AVX512F__
+#ifdef FXQUANT_AVX512
   if constexpr (grouped(E::FORMAT)) {
     row = rows<E, 6, 2>(t, p, panel, span, begin, row, end);
     row = rows<E, 4, 2>(t, p, panel, span, begin, row, end);

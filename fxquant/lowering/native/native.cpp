@@ -1,7 +1,4 @@
 // The C interface, called through ctypes: fxquant/lowering/native.py says what it is given.
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
 #include "linear.h"
 
 template <Format F>

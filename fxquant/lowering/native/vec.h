@@ -4,6 +4,20 @@
 #include <cstdint>
 #include <cstring>
 
+// FXQUANT_PORTABLE leaves out everything that needs an instruction set.
+#if defined(__x86_64__) && !defined(FXQUANT_PORTABLE)
+#include <immintrin.h>
+#ifdef __AVX512F__
+#define FXQUANT_AVX512 1
+#endif
+#if defined(__AVX512VNNI__) && defined(__AVX512BW__)
+#define FXQUANT_VNNI 1
+#endif
+#if defined(__AVX512BF16__) && defined(__AVX512VBMI__)
+#define FXQUANT_BF16 1
+#endif
+#endif
+
 typedef float f32x16 __attribute__((vector_size(64)));
 typedef int32_t i32x16 __attribute__((vector_size(64)));
 typedef uint32_t u32x16 __attribute__((vector_size(64)));
@@ -37,7 +51,7 @@ INLINE f32x16 from_bf16(u16x16 v) {
   return bits<f32x16>(__builtin_convertvector(v, u32x16) << 16);
 }
 INLINE u16x16 to_bf16(f32x16 v) {
-#if defined(__AVX512BF16__) && !defined(FXQUANT_PORTABLE)
+#ifdef FXQUANT_BF16
   return (u16x16)_mm512_cvtneps_pbh((__m512)v);
 #else
   u32x16 u = bits<u32x16>(v);
@@ -75,7 +89,7 @@ INLINE f32x16 load_as_float(const void* p, Dtype dtype) {
   if (dtype == FLOAT32) return load<f32x16>(p);
   u16x16 v = load<u16x16>(p);
   if (dtype == BFLOAT16) return from_bf16(v);
-#ifdef __AVX512F__
+#ifdef FXQUANT_AVX512
   return (f32x16)_mm512_cvtph_ps((__m256i)v);
 #else
   f32x16 f;
@@ -90,7 +104,7 @@ INLINE void store_float(void* p, Dtype dtype, f32x16 v) {
   if (dtype == BFLOAT16) {
     h = to_bf16(v);
   } else {
-#ifdef __AVX512F__
+#ifdef FXQUANT_AVX512
     h = (u16x16)_mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT);
 #else
     for (int i = 0; i < 16; i++) h[i] = float_to_half(v[i]);
