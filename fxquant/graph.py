@@ -167,10 +167,10 @@ def constants(gm: fx.GraphModule) -> dict[fx.Node, frozenset[str]]:
     anything computed from it.
     """
     params = parameters(gm)
-    written = _written(gm)
-    found = {n: frozenset([name]) for n, name in params.items() if n not in written}
+    changed = written(gm)
+    found = {n: frozenset([name]) for n, name in params.items() if n not in changed}
     for node in gm.graph.nodes:
-        if node.op not in ("call_function", "call_module") or node in written or node.is_impure():
+        if node.op not in ("call_function", "call_module") or node in changed or node.is_impure():
             continue
         if node.op == "call_module" and not is_folded(gm, node):
             continue
@@ -192,7 +192,7 @@ def _random(node: fx.Node) -> bool:
     return torch.Tag.nondeterministic_seeded in tags
 
 
-def _written(gm: fx.GraphModule) -> set[fx.Node]:
+def written(gm: fx.GraphModule) -> set[fx.Node]:
     """Nodes whose memory an op of the graph writes to, followed back through views."""
     found: set[fx.Node] = set()
     for node in gm.graph.nodes:
@@ -208,6 +208,28 @@ def _written(gm: fx.GraphModule) -> set[fx.Node]:
                         found.add(base)
                         base = base.args[0] if base.args else None
     return found
+
+
+def memory_of(node: fx.Node) -> set[fx.Node]:
+    """``node`` and everything that it is a view of, or an in-place result of."""
+    found = {node}
+    while isinstance(node.target, torch._ops.OpOverload):
+        if not (node.target.is_view or node.target._schema.is_mutable):
+            break
+        if not isinstance(node.args[0], fx.Node):
+            break
+        node = node.args[0]
+        found.add(node)
+    return found
+
+
+def move_before(anchor: fx.Node, node: fx.Node) -> None:
+    """Bring ``node``, which depends on parameters alone, and its sources before ``anchor``."""
+    if node.op in ("placeholder", "get_attr") or node < anchor:
+        return
+    for source in node.all_input_nodes:
+        move_before(anchor, source)
+    anchor.prepend(node)
 
 
 def bodies_of(gm: fx.GraphModule) -> Iterator[fx.GraphModule]:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from ..graph import constants, emit, layer_of, layers, replace, value
+from ..graph import constants, emit, layer_of, layers, move_before, replace, value
 from ..scheme import get_scheme
 from .base import rewrites
 
@@ -82,7 +82,8 @@ def _absorb_bias(gm: fx.GraphModule, node: fx.Node, constant: Any) -> fx.Node:
     )
     if not fits:
         return node
-    with gm.graph.inserting_before(user):
+    move_before(node, bias)  # type: ignore[arg-type]
+    with gm.graph.inserting_before(node):
         new = emit(gm.graph, node, node.target, *node.args[:4], bias, *node.args[5:])  # type: ignore
     replace(user, new)
     gm.graph.erase_node(node)
@@ -95,7 +96,7 @@ def _absorb_activation(gm: fx.GraphModule, node: fx.Node) -> None:
     if not epilogue or _has_sibling(node):
         return
     assert user is not None
-    with gm.graph.inserting_before(user):
+    with gm.graph.inserting_before(node):  # not at the user: the input may be written to in between
         new = emit(gm.graph, node, node.target, *node.args[:6], epilogue)  # type: ignore[arg-type]
     replace(user, new)
     gm.graph.erase_node(node)

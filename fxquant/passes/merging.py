@@ -9,7 +9,18 @@ from typing import Any
 import torch
 from torch import fx
 
-from ..graph import constants, emit, evaluate, layer_of, layers, note, value
+from ..graph import (
+    constants,
+    emit,
+    evaluate,
+    layer_of,
+    layers,
+    memory_of,
+    move_before,
+    note,
+    value,
+    written,
+)
 from ..inductor import HigherOrderOperator
 from .base import describe, rewrites
 from .folding import folds
@@ -26,66 +37,67 @@ def merge(gm: fx.GraphModule) -> bool:
     the same block of the graph. The parts are views; a ``view`` that they do not allow becomes a
     ``reshape``.
     """
-    constant = constants(gm)
+    constant, changed = constants(gm), written(gm)
     groups: dict[Any, list[fx.Node]] = defaultdict(list)
     for node in gm.graph.find_nodes(op="call_function", target=ops.linear.default):
         x, codes = node.args[:2]
         if node.args[6] == "" and codes in constant:
-            groups[x, node.args[5], value(codes).shape[1], _region(node)].append(node)
-    changed = False
+            group = groups[x, node.args[5], value(codes).shape[1], _region(node, changed)]
+            bias = node.args[4]
+            if not group or bias is None or bias in constant or bias < group[0]:
+                group.append(node)
+    pieces: list[fx.Node] = []
     for nodes in groups.values():
         distinct = {n.args[1] for n in nodes}
         if len(nodes) > 1 and len(distinct) == len(nodes):
-            _merge(gm, nodes, constant)
-            changed = True
-    if changed:
-        _views_to_reshapes(gm)
-    return changed
+            pieces += _merge(gm, nodes)
+    if pieces:
+        _settle(gm, pieces)
+    return bool(pieces)
 
 
-def _region(node: fx.Node) -> int:
-    """Which stretch between grad-mode or autocast switches the node stands in."""
+def _region(node: fx.Node, changed: set[fx.Node]) -> int:
+    """The stretch that the node stands in, between grad-mode or autocast switches.
+
+    Where the memory of its input is written to, between writes as well.
+    """
+    x = node.args[0]
+    assert isinstance(x, fx.Node)
+    fragile = bool(memory_of(x) & changed)
     region = 0
     for other in node.graph.nodes:
         if other is node:
             return region
-        region += other.op == "call_function" and not isinstance(
-            other.target, torch._ops.OpOverload | type(operator.getitem)
-        )
+        if other.op == "call_function":
+            overload = isinstance(other.target, torch._ops.OpOverload)
+            region += not overload and other.target is not operator.getitem
+            region += fragile and overload and other.target._schema.is_mutable
     return region
 
 
-def _merge(gm: fx.GraphModule, nodes: list[fx.Node], constant: Any) -> None:
+def _merge(gm: fx.GraphModule, nodes: list[fx.Node]) -> list[fx.Node]:
+    """The parts of the merged linear, one for each of ``nodes``, which they replace."""
     first, x = nodes[0], nodes[0].args[0]
     for node in nodes:
         for arg in node.args[1:5]:
             if isinstance(arg, fx.Node):
-                _move_before(arg, first, constant)
+                move_before(first, arg)
     sizes = [value(n).shape[-1] for n in nodes]
     with gm.graph.inserting_before(first):
         parts = [_column(gm, first, nodes, i) for i in (1, 2, 3)]
         bias = _biases(gm, first, nodes, sizes)
         whole = emit(gm.graph, first, ops.linear.default, x, *parts, bias, first.args[5], "")
         split = emit(gm.graph, first, aten.split_with_sizes.default, whole, sizes, -1)
-        split.meta["fxquant_split"] = True
-        pieces = [emit(gm.graph, first, operator.getitem, split, i) for i in range(len(nodes))]
+        pieces = [emit(gm.graph, n, operator.getitem, split, i) for i, n in enumerate(nodes)]
     names = tuple(layer_of(n) for n in nodes)
-    note(whole)["layer"] = "+".join(names)
-    note(whole)["members"] = names
+    for node in (whole, split):
+        note(node)["layer"] = "+".join(names)
+        note(node)["members"] = names
     for node, piece, name in zip(nodes, pieces, names, strict=True):
         node.replace_all_uses_with(piece)
         gm.graph.erase_node(node)
         layers(gm)[name].merged = names
-
-
-def _move_before(node: fx.Node, anchor: fx.Node, constant: Any) -> None:
-    """Constant expressions may stand anywhere after the parameters: move them up to ``anchor``."""
-    if node.op in ("placeholder", "get_attr") or node < anchor:
-        return
-    assert node in constant
-    for source in node.all_input_nodes:
-        _move_before(source, anchor, constant)
-    anchor.prepend(node)
+    return pieces
 
 
 def _column(gm: fx.GraphModule, like: fx.Node, nodes: list[fx.Node], i: int) -> fx.Node | None:
@@ -110,25 +122,49 @@ def _biases(
     return folds(emit(gm.graph, like, aten.cat.default, parts, 0))
 
 
-def _views_to_reshapes(gm: fx.GraphModule) -> None:
-    """Bring values up to date behind the splits: the parts have strides of their own."""
-    stale: set[fx.Node] = set()
+def _settle(gm: fx.GraphModule, pieces: list[fx.Node]) -> None:
+    """Bring the values behind the pieces up to date: they have strides of their own.
+
+    A ``view`` that these do not allow becomes a ``reshape``. A piece that something depends on
+    which must see the old strides (an output, a body, ``as_strided``) is copied.
+    """
+    before = {n: describe(n.meta.get("val")) for n in gm.graph.nodes}
+    while fragile := _refresh_behind(gm, set(pieces), before):
+        for piece in fragile:
+            pieces.remove(piece)
+            with gm.graph.inserting_after(piece):
+                kept = {"memory_format": torch.contiguous_format}
+                copy = emit(gm.graph, piece, aten.clone.default, piece, **kept)
+            piece.replace_all_uses_with(
+                copy, delete_user_cb=lambda user, copy=copy: user is not copy
+            )
+
+
+def _refresh_behind(
+    gm: fx.GraphModule, pieces: set[fx.Node], before: dict[fx.Node, str]
+) -> set[fx.Node]:
+    """Evaluate anew what is behind ``pieces``; returns those that must not change their strides."""
+    behind: dict[fx.Node, set[fx.Node]] = {piece: {piece} for piece in pieces}
     for node in gm.graph.nodes:
-        split = node.meta.pop("fxquant_split", False)
-        if split or stale.intersection(node.all_input_nodes):
-            if node.op == "call_function" and not isinstance(node.target, HigherOrderOperator):
-                before = describe(node.meta.get("val"))
-                _refresh(node)
-                if not split and describe(node.meta["val"]) == before:
-                    continue
-            stale.add(node)
+        sources = set().union(*(behind.get(n, set()) for n in node.all_input_nodes))
+        if not sources and (node not in before or describe(node.meta.get("val")) == before[node]):
+            continue
+        if node.op != "call_function" or isinstance(node.target, HigherOrderOperator):
+            return sources
+        if node.target is aten.as_strided.default or not _refresh(node):
+            return sources
+        if describe(node.meta["val"]) != before.get(node):
+            behind[node] = sources
+    return set()
 
 
-def _refresh(node: fx.Node) -> None:
+def _refresh(node: fx.Node) -> bool:
+    """Evaluate ``node`` anew; False if it does not take its inputs as they are."""
     try:
         node.meta["val"] = evaluate(node)
     except (RuntimeError, ValueError):
         if node.target not in (aten.view.default, aten._unsafe_view.default):
-            raise
+            return False
         node.target = aten.reshape.default
         node.meta["val"] = evaluate(node)
+    return True
