@@ -114,13 +114,17 @@ LAYOUT = Layout(name="panels", pack=pack, unpack=unpack)
 LIBRARY = torch.library.Library("fxquant", "FRAGMENT")
 LIBRARY.define(
     "native_linear(Tensor x, Tensor? x_scale, Tensor? x_zero, Tensor[] packed, Tensor? bias,"
-    " str scheme, int n, str epilogue, ScalarType dtype) -> Tensor"
+    " str scheme, str epilogue, ScalarType dtype) -> Tensor"
 )
+Spec = tuple[str, torch.dtype, tuple[int, ...]]
+"""What a tensor is called, its dtype and its shape."""
+
+_REAL = (torch.float32, torch.bfloat16, torch.float16)
 
 
-@lru_cache(maxsize=256)
-def _expected(name: str, n: int, k: int) -> tuple[int, int, bool, tuple[tuple, ...]]:
-    """Format, groups, whether x is int8, and (what, dtype, shape) of each packed tensor."""
+@lru_cache(maxsize=1024)
+def _signature(name: str, n: int, k: int) -> tuple[int, int, bool, tuple[Spec, ...]]:
+    """Format, groups, whether x is int8, and the packed tensors, of a scheme at [n, k]."""
     scheme = get_scheme(name)
     spec = scheme.weight
     if spec.group_size is not None and k % spec.group_size:
@@ -128,12 +132,11 @@ def _expected(name: str, n: int, k: int) -> tuple[int, int, bool, tuple[tuple, .
             what="x", found=("M", k), expected=f"(M, multiple of {spec.group_size})"
         )
     groups = 1 if spec.group_size is None else k // spec.group_size
-    steps = -(-k // (32 // spec.bits))
-    rows = (n,) if spec.group_size is None else (n, groups)
-    tensors: list[tuple] = [("weight", torch.uint8, (n, steps, 4))]
-    tensors.append(("scale", spec.scale_dtype, rows))
+    qparam = (spec.scale_dtype, (n,) if spec.group_size is None else (n, groups))
+    tensors: list[Spec] = [("weight", torch.uint8, (n, -(-k * spec.bits // 32), 4))]
+    tensors.append(("scale", *qparam))
     if spec.zero_point_domain == "float":
-        tensors.append(("zero", spec.scale_dtype, rows))
+        tensors.append(("zero", *qparam))
     if scheme.input is not None and spec.group_size is not None:
         tensors.append(("weight_sum", torch.float32, (n,)))
     integer = scheme.input is not None and scheme.input.dtype == torch.int8
@@ -141,18 +144,27 @@ def _expected(name: str, n: int, k: int) -> tuple[int, int, bool, tuple[tuple, .
     return FORMATS[kind], groups, integer, tuple(tensors)
 
 
-def _check(what: str, t: torch.Tensor, dtypes: Sequence[torch.dtype], shape: tuple) -> torch.Tensor:
-    """``t`` as the kernel may read it. Raises ShapeMismatch, UnsupportedDtype."""
-    if t.shape != shape:
-        raise ShapeMismatch(what=what, found=tuple(t.shape), expected=shape)
-    if t.dtype not in dtypes or t.device.type != "cpu":
-        choices = ", ".join(f"{dtype} on cpu" for dtype in dtypes)
-        raise UnsupportedDtype(layer=what, dtype=f"{t.dtype} on {t.device}", choices=choices)
-    return t.contiguous()
+def _at(t: torch.Tensor | None, spec: Spec, keep: list[torch.Tensor]) -> int | None:
+    """The address of ``t`` once it is as the kernel reads it; a copy made for that goes to ``keep``."""
+    if t is None:
+        return None
+    what, dtype, shape = spec
+    if t.dtype is not dtype or t.shape != shape or not t.is_cpu:
+        if t.shape != shape:
+            raise ShapeMismatch(what=what, found=tuple(t.shape), expected=shape)
+        raise UnsupportedDtype(
+            layer=what, dtype=f"{t.dtype} on {t.device}", choices=f"{dtype} on cpu"
+        )
+    if not t.is_contiguous():
+        t = t.contiguous()
+        keep.append(t)
+    return t.data_ptr()
 
 
-_REAL = (torch.float32, torch.bfloat16, torch.float16)
-_INT8, _INT32, _FLOAT32 = (torch.int8,), (torch.int32,), (torch.float32,)
+def _real(what: str, dtype: torch.dtype) -> torch.dtype:
+    if dtype not in _REAL:
+        raise UnsupportedDtype(layer=what, dtype=dtype, choices=", ".join(map(str, _REAL)))
+    return dtype
 
 
 def native_linear(
@@ -162,7 +174,6 @@ def native_linear(
     packed: Sequence[torch.Tensor],
     bias: torch.Tensor | None,
     scheme: str,
-    n: int,
     epilogue: str,
     dtype: torch.dtype,
 ) -> torch.Tensor:
@@ -176,57 +187,34 @@ def native_linear(
     """
     if x.dim() != 2:
         raise ShapeMismatch(what="x", found=tuple(x.shape), expected="(M, K)")
-    m, k = x.shape
-    form, groups, integer, expected = _expected(scheme, n, k)
-    x = _check("x", x, _INT8 if integer else _REAL, (m, k))
-    if len(packed) != len(expected):
-        raise ShapeMismatch(
-            what="packed", found=f"{len(packed)} tensors", expected=[e[0] for e in expected]
-        )
-    if (integer and x_scale is None) or (x_zero is None) != (len(expected) < 3 or not integer):
+    (m, k), n = x.shape, packed[0].shape[0]
+    form, groups, integer, specs = _signature(scheme, n, k)
+    if len(packed) != len(specs):
+        names = ", ".join(what for what, _, _ in specs)
+        raise ShapeMismatch(what="packed", found=f"{len(packed)} tensors", expected=names)
+    if (x_scale is not None) != integer or (x_zero is not None) != (
+        integer and specs[-1][0] == "weight_sum"
+    ):
         raise InvalidOption(
-            name="x_scale, x_zero", value=(x_scale, x_zero), expected=f"those of {scheme}"
+            name="x_scale, x_zero", value=(x_scale, x_zero), expected=f"what {scheme} quantizes to"
         )
     if epilogue not in ACTIVATIONS:
         raise InvalidOption(name="epilogue", value=epilogue, expected=f"one of {[*ACTIVATIONS]}")
-    if dtype not in _REAL:
-        raise UnsupportedDtype(layer="y", dtype=dtype, choices=", ".join(map(str, _REAL)))
-    tensors = {
-        what: _check(what, t, (of,), shape)
-        for t, (what, of, shape) in zip(packed, expected, strict=True)
-    }
-    if x_scale is not None:
-        x_scale = _check("x_scale", x_scale, _FLOAT32, (m, 1))
-    if x_zero is not None:
-        x_zero = _check("x_zero", x_zero, _INT32, (m, 1))
-    if bias is not None:
-        bias = _check("bias", bias, _REAL, (n,))
-    y = torch.empty(m, n, dtype=dtype)
-    if y.numel() == 0:
-        return y
-    zero, weight_sum = tensors.get("zero"), tensors.get("weight_sum")
-    failed = native.library()(
-        m,
-        n,
-        k,
-        groups,
-        form,
-        ACTIVATIONS[epilogue],
-        torch.get_num_threads(),
-        x.data_ptr(),
-        DTYPES[x.dtype],
-        None if x_scale is None else x_scale.data_ptr(),
-        None if x_zero is None else x_zero.data_ptr(),
-        tensors["weight"].data_ptr(),
-        tensors["scale"].data_ptr(),
-        None if zero is None else zero.data_ptr(),
-        None if weight_sum is None else weight_sum.data_ptr(),
-        None if bias is None else bias.data_ptr(),
-        0 if bias is None else DTYPES[bias.dtype],
-        y.data_ptr(),
-        DTYPES[dtype],
+    y = torch.empty(m, n, dtype=_real("y", dtype))
+    keep: list[torch.Tensor] = []
+    at = {spec[0]: _at(t, spec, keep) for t, spec in zip(packed, specs, strict=True)}
+    x_dtype = torch.int8 if integer else _real("x", x.dtype)
+    bias_dtype = torch.float32 if bias is None else _real("bias", bias.dtype)
+    arguments = (
+        *(m, n, k, groups, form, ACTIVATIONS[epilogue], torch.get_num_threads()),
+        *(_at(x, ("x", x_dtype, (m, k)), keep), DTYPES[x_dtype]),
+        _at(x_scale, ("x_scale", torch.float32, (m, 1)), keep),
+        _at(x_zero, ("x_zero", torch.int32, (m, 1)), keep),
+        *(at["weight"], at["scale"], at.get("zero"), at.get("weight_sum")),
+        *(_at(bias, ("bias", bias_dtype, (n,)), keep), DTYPES[bias_dtype]),
+        *(y.data_ptr(), DTYPES[dtype]),
     )
-    if failed:
+    if y.numel() and native.library()(*arguments):
         raise MemoryError(f"native_linear: no memory for the activations, {m} x {k}")
     return y
 
@@ -235,8 +223,8 @@ LIBRARY.impl("native_linear", native_linear, "CPU")
 
 
 @torch.library.register_fake("fxquant::native_linear", lib=LIBRARY)
-def _fake(x, x_scale, x_zero, packed, bias, scheme, n, epilogue, dtype):
-    return x.new_empty(x.shape[0], n, dtype=dtype)
+def _fake(x, x_scale, x_zero, packed, bias, scheme, epilogue, dtype):
+    return x.new_empty(x.shape[0], packed[0].shape[0], dtype=dtype)
 
 
 # Kernels -----------------------------------------------------------------------------------------
@@ -274,9 +262,8 @@ _EPILOGUES = [name for name in ACTIVATIONS if name]
 def native_integer(scheme, x, packed, bias, epilogue):
     """Activations quantized per token in plain ops, which Inductor fuses into what produced x."""
     codes, scale, zero = scheme.input.quantize(x)
-    n = packed[0].shape[0]
     return torch.ops.fxquant.native_linear(
-        codes, scale, zero, packed, bias, scheme.name, n, epilogue, x.dtype
+        codes, scale, zero, packed, bias, scheme.name, epilogue, x.dtype
     )
 
 
@@ -290,7 +277,6 @@ def native_integer(scheme, x, packed, bias, epilogue):
 )
 def native_float(scheme, x, packed, bias, epilogue):
     """Activations as they are; the weight is dequantized in registers."""
-    n = packed[0].shape[0]
     return torch.ops.fxquant.native_linear(
-        x, None, None, packed, bias, scheme.name, n, epilogue, x.dtype
+        x, None, None, packed, bias, scheme.name, epilogue, x.dtype
     )

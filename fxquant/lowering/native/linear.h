@@ -56,7 +56,6 @@ struct Span {
 };
 
 constexpr int64_t SPAN = 512;       // codes
-constexpr int64_t AHEAD = 4096;     // bytes, where each is used once or twice
 constexpr int64_t MOST_ROWS = 528;  // in `totals`
 
 template <class E>
@@ -155,10 +154,7 @@ __attribute__((noinline)) void tile(
     for (int64_t s = 0; s < steps; s++) {
       u32x16 packed[V];
 #pragma GCC unroll 4
-      for (int v = 0; v < V; v++) {
-        packed[v] = load<u32x16>(w + 64 * v);
-        if (R <= 2) __builtin_prefetch(w + 64 * v + AHEAD);
-      }
+      for (int v = 0; v < V; v++) packed[v] = load<u32x16>(w + 64 * v);
 #pragma GCC unroll 16
       for (int j = 0; j < E::WORDS; j++) {
         typename E::Word operand[V];
@@ -385,7 +381,8 @@ int run(const Linear& t) {
   const int64_t height = ((t.m + chunks - 1) / chunks + 23) / 24 * 24;
   chunks = (t.m + height - 1) / height;
   Scratch<char> memory;
-  const int64_t size = PANEL * 4 * (MOST_ROWS + SPAN);
+  const bool decodes = !grouped(E::FORMAT) && E::DEPTH < 4 && t.m >= DECODE_ROWS;
+  const int64_t size = PANEL * 4 * (height + (decodes ? SPAN : 0));
   if (!memory.allocate(t.threads * size)) return 1;
 #pragma omp parallel for num_threads(t.threads) schedule(dynamic)
   for (int64_t item = 0; item < panels * chunks; item++) {
@@ -393,7 +390,7 @@ int run(const Linear& t) {
     char* mine = memory.memory.get() + omp_get_thread_num() * size;
     panel_rows<E>(
         t, p, index < t.n / PANEL ? panel_of<E>(t, index) : tail, row, end < t.m ? end : t.m,
-        (float*)mine, (uint8_t*)mine + PANEL * 4 * MOST_ROWS);
+        (float*)mine, (uint8_t*)mine + PANEL * 4 * height);
   }
   return 0;
 }
