@@ -44,8 +44,9 @@ def fold(gm: fx.GraphModule) -> bool:
         return False
     changed = hoist(gm)
     constant = constants(gm)
-    first = next((n for n in gm.graph.nodes if n.op not in ("placeholder", "get_attr")), None)
     targets = [n for n in gm.graph.nodes if _foldable(n) and n in constant]
+    kept = (n for n in gm.graph.nodes if n.op not in ("placeholder", "get_attr"))
+    first = next(n for n in kept if n not in targets)  # there is the output, at the latest
     inner = {s for n in targets for s in _behind(n)}
     for node in targets:
         if node not in inner:
@@ -79,7 +80,7 @@ def _behind(node: fx.Node) -> set[fx.Node]:
     return found
 
 
-def _fold_one(gm: fx.GraphModule, node: fx.Node, first: fx.Node | None) -> None:
+def _fold_one(gm: fx.GraphModule, node: fx.Node, first: fx.Node) -> None:
     recipe = fx.Graph()
     inputs: list[fx.Node] = []
     result = _copy(gm, node, recipe, {}, inputs)
@@ -87,8 +88,10 @@ def _fold_one(gm: fx.GraphModule, node: fx.Node, first: fx.Node | None) -> None:
     recipe.output((result,) if single else result)
     name = next(f"folded_{i}" for i in range(len(gm.graph.nodes)) if not hasattr(gm, f"folded_{i}"))
     gm.add_submodule(name, Folded(fx.GraphModule(torch.nn.Module(), recipe), layer_of(node)))
-    before = first if first is not None and all(i.op != "call_function" for i in inputs) else node
-    with gm.graph.inserting_before(before):
+    for source in inputs:
+        if not source < first:  # a constant that tracing made stands where it is used
+            first.prepend(source)
+    with gm.graph.inserting_before(first):
         call = gm.graph.call_module(name, tuple(inputs))
         call.meta.update({k: v for k, v in node.meta.items() if k != "fxquant_fold"})
         new = call
