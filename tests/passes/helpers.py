@@ -56,7 +56,16 @@ def through(gm: fx.GraphModule, *steps: Pass) -> fx.GraphModule:
         assert result.graph_module is gm
         assert signature(gm) == before
         assert all("val" in n.meta for n in gm.graph.nodes if n.op == "call_function")
+        assert_sound(gm.graph)
     return gm
+
+
+def assert_sound(graph: fx.Graph) -> None:
+    """Forwards, backwards and by kind the same nodes: one inserted beside an erased node is not."""
+    nodes = list(graph.nodes)
+    assert list(reversed(graph.nodes)) == nodes[::-1]
+    for op in ("placeholder", "get_attr", "call_module"):
+        assert set(graph.find_nodes(op=op)) == {n for n in nodes if n.op == op}
 
 
 def count(gm: fx.GraphModule) -> Counter[str]:
