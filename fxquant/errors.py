@@ -131,7 +131,3 @@ class NoKernel(FxQuantError, RuntimeError):
 
 class BuildFailed(FxQuantError, RuntimeError):
     message = "the native kernels could not be built with {compiler}: {output}"
-
-
-class UnsupportedTorch(FxQuantError, RuntimeError):
-    message = "torch {found} is outside the supported range {supported}"

@@ -27,11 +27,11 @@ from .triton_w4a16 import grouped
 
 TINYGEMM_MEMORY = 0.45  # 35 us at one row
 TINYGEMM_COMPUTE = 0.04  # 8.3 us for every row: each block of 8 columns reads x again
-INT_MM_MEMORY = 0.78  # 35 us up to 64 rows
-INT_MM_COMPUTE = 0.40  # 850 TOPS alone, 460 with the scales applied in a second pass
+INT_MM_MEMORY = 0.68  # 40 us from 17 to 64 rows
+INT_MM_COMPUTE = 0.6  # 694 us at 2048 rows, scales in a second pass
 INT_MM_ROWS = 17  # cuBLASLt's int8 product refuses fewer
-SCALED_MM_MEMORY = 0.65  # 38 to 48 us up to 16 rows
-SCALED_MM_COMPUTE = 0.85  # 1,190 TFLOP/s with sums of 14 bits; here they are float32
+SCALED_MM_MEMORY = 0.58  # 47 us up to 64 rows
+SCALED_MM_COMPUTE = 1.0  # 1,370 TFLOP/s at 2048 rows: at the rate in the device's row
 
 
 def at_least_rows(least: int) -> Need:
@@ -86,11 +86,11 @@ def _tinygemm(x, words, group, pairs):
     return torch.ops.aten._weight_int4pack_mm.default(x, words, group, pairs)
 
 
-LIBRARY.define("tinygemm(Tensor x, Tensor words, int group, Tensor pairs) -> Tensor")
-LIBRARY.impl("tinygemm", _tinygemm, "CUDA")
+LIBRARY.define("tinygemm_mm(Tensor x, Tensor words, int group, Tensor pairs) -> Tensor")
+LIBRARY.impl("tinygemm_mm", _tinygemm, "CUDA")
 
 
-@torch.library.register_fake("fxquant::tinygemm", lib=LIBRARY)
+@torch.library.register_fake("fxquant::tinygemm_mm", lib=LIBRARY)
 def _tinygemm_fake(x, words, group, pairs):
     return x.new_empty(x.shape[0], pairs.shape[1])
 
@@ -121,7 +121,7 @@ def tinygemm(scheme, x, packed, bias, epilogue):
         return x.new_empty(0, packed[1].shape[1])
     words, pairs = packed
     group = scheme.weight.group_size
-    y = torch.ops.fxquant.tinygemm(x, words, group, pairs)
+    y = torch.ops.fxquant.tinygemm_mm(x, words, group, pairs)
     return y if bias is None else y + bias.to(y.dtype)
 
 

@@ -12,8 +12,8 @@ from .dequantize import LAYOUT
 from .kernel import Problem, activations_in, has_feature, kernel
 from .triton_launch import EPILOGUES, estimate, has_triton, weight_is
 
-MEMORY = 0.60  # of the bandwidth: the conversion of the codes sets the pace, 2.4 to 2.7 TB/s
-COMPUTE = 0.50  # of the bfloat16 rate: the weight passes through registers
+MEMORY = 0.54  # of the bandwidth: the conversion of the codes sets the pace, 2.3 TB/s
+COMPUTE = 0.61  # of the bfloat16 rate: the weight passes through registers
 
 
 def cost(p: Problem):

@@ -4,10 +4,6 @@
 
 enum Activation : int { NONE = 0, RELU = 1, GELU = 2, GELU_TANH = 3, SILU = 4 };
 
-INLINE f32x16 choose(i32x16 mask, f32x16 yes, f32x16 no) {
-  return bits<f32x16>((mask & bits<i32x16>(yes)) | (~mask & bits<i32x16>(no)));
-}
-
 // e^v, for v clamped to what float32 can hold; relative error 2e-7. NaN stays NaN.
 INLINE f32x16 exp(f32x16 v) {
   f32x16 x = choose(v > 88.0f, splat(88.0f), choose(v < -87.0f, splat(-87.0f), v));

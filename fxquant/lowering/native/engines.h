@@ -6,7 +6,7 @@
 // operand exceeds the value that its code stands for by OFFSET, which the start of the accumulator,
 // -OFFSET * sum(x), makes good.
 #pragma once
-#include "vec.h"
+#include "dtypes.h"
 
 enum Format : int { U8 = 0, E4M3 = 1, U4 = 2, U2 = 3 };
 
@@ -40,9 +40,10 @@ template <class X>
 INLINE float sum_of(const X* x, int64_t count) {
   f32x16 lanes = {};
   constexpr Dtype dtype = sizeof(X) == 4 ? FLOAT32 : BFLOAT16;
-  for (int64_t k = 0; k < count; k += 16) lanes += load_some(x + k, dtype, count - k);
-  float sum = 0;
-  for (int i = 0; i < 16; i++) sum += lanes[i];
+  for (int64_t k = 0; k < count; k += 16) lanes = lanes + load_some(x + k, dtype, count - k);
+  float lane[16], sum = 0;
+  std::memcpy(lane, &lanes, sizeof lane);
+  for (float value : lane) sum += value;
   return sum;
 }
 
@@ -58,9 +59,9 @@ struct PortableInt {
   static constexpr int OFFSET = 1 << (bits_of(F) - 1);
   static constexpr bool CONVERTS = false;
   static INLINE Word broadcast(const X* x) { return splat(int32_t(*x)); }
-  static INLINE Acc dot(Acc acc, Word x, Word w) { return acc + x * w; }
-  static INLINE Word operand(u32x16 packed, int j) {
-    return (Word)((packed >> place(F, true, j)) & ((1u << bits_of(F)) - 1));
+  static INLINE Acc dot(const Acc& acc, const Word& x, const Word& w) { return acc + x * w; }
+  static INLINE Word operand(const u32x16& packed, int j) {
+    return bits<Word>((packed >> place(F, true, j)) & ((1u << bits_of(F)) - 1));
   }
 };
 
@@ -77,10 +78,10 @@ struct Vnni {
   static constexpr int OFFSET = 1 << (bits_of(F) - 1);
   static constexpr bool CONVERTS = false;
   static INLINE Word broadcast(const X* x) { return load<uint32_t>(x) - Word{}; }
-  static INLINE Acc dot(Acc acc, Word x, Word w) {  // w unsigned, x signed, no saturation
+  static INLINE Acc dot(const Acc& acc, const Word& x, const Word& w) {  // w unsigned, x signed, no saturation
     return (Acc)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)w, (__m512i)x);
   }
-  static INLINE Word operand(u32x16 packed, int j) {
+  static INLINE Word operand(const u32x16& packed, int j) {
     if constexpr (F == U8) return packed;
     return (packed >> (4 * j)) & 0x0f0f0f0fu;
   }
@@ -132,10 +133,10 @@ struct Bf16 {
   static constexpr float OFFSET = F == U8 ? 0.5f : 0.0f;
   static constexpr bool CONVERTS = false;
   static INLINE Word broadcast(const X* x) { return load<uint32_t>(x) - Word{}; }
-  static INLINE Acc dot(Acc acc, Word x, Word w) {
+  static INLINE Acc dot(const Acc& acc, const Word& x, const Word& w) {
     return (Acc)_mm512_dpbf16_ps((__m512)acc, (__m512bh)w, (__m512bh)x);
   }
-  static INLINE Word operand(u32x16 packed, int j) {
+  static INLINE Word operand(const u32x16& packed, int j) {
     if constexpr (grouped(F)) {
       __m512i at = _mm512_srli_epi16((__m512i)packed, unsigned(bits_of(F) * j));
       return (Word)_mm512_permutexvar_epi16(at, _mm512_load_si512(tables.word[F == U2]));
@@ -171,8 +172,8 @@ struct Float32 {
   static constexpr int OFFSET = 0;
   static constexpr bool CONVERTS = true;
   static INLINE Word broadcast(const X* x) { return splat(*x); }
-  static INLINE Acc dot(Acc acc, Word x, Word w) { return acc + x * w; }
-  static INLINE Word operand(u32x16 packed, int j) {
+  static INLINE Acc dot(const Acc& acc, const Word& x, const Word& w) { return acc + x * w; }
+  static INLINE Word operand(const u32x16& packed, int j) {
 #ifdef FXQUANT_BF16
     if constexpr (F != U8) {  // a bfloat16 is the upper half of a float32
       u32x16 pair = Bf16<F>::operand(packed, j / 2);
@@ -185,9 +186,9 @@ struct Float32 {
       // Rebias the exponent; a subnormal is 2^-6 too large when read as a normal number.
       f32x16 normal = bits<f32x16>((magnitude << 20) + (120u << 23));
       f32x16 subnormal = bits<f32x16>((magnitude << 20) + (121u << 23)) - 0x1p-6f;
-      u32x16 small = (u32x16)(magnitude < 8u), nan = (u32x16)(magnitude == 0x7fu);
-      u32x16 value = (small & bits<u32x16>(subnormal)) | (~small & bits<u32x16>(normal));
-      return bits<f32x16>(value | sign | (nan & 0x7fc00000u));
+      u32x16 nan = bits<u32x16>(magnitude == 0x7fu);
+      f32x16 value = choose(bits<i32x16>(magnitude < 8u), subnormal, normal);
+      return bits<f32x16>(bits<u32x16>(value) | sign | (nan & 0x7fc00000u));
     } else {
       // In the last bits of a float at 2^23 an integer stands for itself.
       return bits<f32x16>(code | 0x4b000000u) - (0x1p23f + float(1 << (bits_of(F) - 1)));
@@ -200,7 +201,7 @@ template <class E>
 struct Decoded : E {
   static constexpr int STEP = E::DEPTH, WORDS = 1;
   static constexpr bool PREFETCH = true;
-  static INLINE typename E::Word operand(u32x16 packed, int) {
-    return (typename E::Word)packed;
+  static INLINE typename E::Word operand(const u32x16& packed, int) {
+    return bits<typename E::Word>(packed);
   }
 };

@@ -98,8 +98,8 @@ void finish_as(
 #pragma GCC unroll 4
     for (int v = 0; v < 4; v++) {
       f32x16 value = load<f32x16>(totals + 16 * v);
-      if (scale) value *= factor[v];
-      if (HAS_ZERO) value -= weight_sum[v] * float(t.x_zero[r]);
+      if (scale) value = value * factor[v];
+      if (HAS_ZERO) value = value - weight_sum[v] * float(t.x_zero[r]);
       value = value * x_scale + shift[v];
       if (ACTIVATES) value = activate(t.activation, value);
       store_float(to + 16 * v * size_of(Y), Y, value);
@@ -182,8 +182,8 @@ __attribute__((noinline)) void tile(
 #pragma GCC unroll 8
       for (int r = 0; r < R; r++) {
         if constexpr (GROUPED) {
-          total[r][v] += to_float(acc[r][v]) * scale;
-          if (t.zero) total[r][v] += zero * float(sums[r * t.groups + g]);
+          total[r][v] = total[r][v] + to_float(acc[r][v]) * scale;
+          if (t.zero) total[r][v] = total[r][v] + zero * float(sums[r * t.groups + g]);
         } else {
           total[r][v] = to_float(acc[r][v]);
         }
@@ -196,7 +196,7 @@ __attribute__((noinline)) void tile(
 #pragma GCC unroll 4
     for (int v = 0; v < V; v++) {
       float* at = totals + r * PANEL + 16 * v;
-      if (!first_span) total[r][v] += load<f32x16>(at);
+      if (!first_span) total[r][v] = total[r][v] + load<f32x16>(at);
       std::memcpy(at, &total[r][v], sizeof(f32x16));
     }
   }
@@ -238,8 +238,9 @@ void all_rows(
   row = rows<E, 2, 4>(t, p, panel, span, begin, row, end);
   rows<E, 1, 4>(t, p, panel, span, begin, row, end);
 #else
-  row = rows<E, 4, 1>(t, p, panel, span, begin, row, end);
-  rows<E, 1, 2>(t, p, panel, span, begin, row, end);
+  row = rows<E, 6, 1>(t, p, panel, span, begin, row, end);
+  row = rows<E, 2, 2>(t, p, panel, span, begin, row, end);
+  rows<E, 1, 4>(t, p, panel, span, begin, row, end);
 #endif
 }
 
@@ -251,7 +252,7 @@ void panel_rows(
     const Linear& t, const Prepared<E>& p, const Panel& panel, int64_t begin, int64_t end,
     float* totals, uint8_t* decoded) {
   const int64_t all = t.groups * steps_of<E>(t);
-  if constexpr (grouped(E::FORMAT) || E::DEPTH == 4) {
+  if constexpr (grouped(E::FORMAT) || std::is_integral_v<typename E::X> && sizeof(typename E::X) == 1) {
     all_rows(t, p, panel, {0, all, true, true, totals, nullptr}, begin, end);
   } else {
     constexpr int64_t LENGTH = SPAN / E::STEP;
