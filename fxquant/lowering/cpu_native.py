@@ -25,7 +25,6 @@ from .kernel import Layout, Problem, activations_in, kernel
 PANEL = 64
 """Output channels that are stored together, and computed together: four vectors of 16."""
 
-FORMATS = {8: 0, "f8": 1, 4: 2, 2: 3}
 ACTIVATIONS = {"": 0, "relu": 1, "gelu": 2, "gelu_tanh": 3, "silu": 4}
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}
 
@@ -33,13 +32,22 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}
 # Layout ------------------------------------------------------------------------------------------
 
 
-def _places(bits: int, integer: bool) -> list[int]:
-    """The bit of a 32-bit lane at which each of its ``32 / bits`` codes starts (engines.h, place)."""
-    if bits == 8:
-        return [0, 8, 16, 24]
-    if integer:  # the low nibbles of four bytes are four consecutive codes, then the high ones
-        return [8 * (k % 4) + 4 * (k // 4) for k in range(32 // bits)]
-    return [16 * (k % 2) + bits * (k // 2) for k in range(32 // bits)]
+def _format(scheme: Scheme) -> str:
+    """How codes lie in a lane of 32 bits (engines.h): a key of FORMATS."""
+    if scheme.weight.dtype.is_floating_point:
+        return "e4m3"
+    bytewise = scheme.weight.bits == 4 and scheme.input is not None
+    return f"u{scheme.weight.bits}" + "_bytes" * bytewise
+
+
+FORMATS: dict[str, tuple[int, list[int]]] = {
+    # the number in engines.h, and the bit at which each code of a lane starts
+    "u8": (0, [0, 8, 16, 24]),
+    "e4m3": (1, [0, 8, 16, 24]),
+    "u4": (2, [16 * (k % 2) + 4 * (k // 2) for k in range(8)]),
+    "u2": (3, [16 * (k % 2) + 2 * (k // 2) for k in range(16)]),
+    "u4_bytes": (4, [8 * (k % 4) + 4 * (k // 4) for k in range(8)]),
+}
 
 
 def _to_panels(rows: torch.Tensor) -> torch.Tensor:
@@ -79,7 +87,7 @@ def pack(scheme: Scheme, q: Quantized) -> list[torch.Tensor]:
     codes = torch.nn.functional.pad(codes, (0, -codes.shape[1] % (32 // bits)))
     octets: list[list[torch.Tensor]] = [[], [], [], []]
     lanes = codes.reshape(codes.shape[0], -1, 32 // bits).unbind(-1)
-    for code, place in zip(lanes, _places(bits, scheme.input is not None), strict=True):
+    for code, place in zip(lanes, FORMATS[_format(scheme)][1], strict=True):
         octets[place // 8].append(code << (place % 8))
     weight = _to_panels(torch.stack([reduce(or_, parts) for parts in octets], -1))
     if spec.group_size is None:
@@ -94,7 +102,7 @@ def unpack(scheme: Scheme, packed: Sequence[torch.Tensor], n: int, k: int) -> Qu
     """The canonical codes [n, k * bits / 8] and qparams [n, groups], bit for bit."""
     bits, spec = scheme.weight.bits, scheme.weight
     octets = _from_panels(packed[0]).unbind(-1)
-    places = _places(bits, scheme.input is not None)
+    places = FORMATS[_format(scheme)][1]
     lanes = torch.stack([(octets[p // 8] >> (p % 8)) & (2**bits - 1) for p in places], -1)
     codes = (lanes.flatten(1)[:, :k] ^ _offset(scheme)).reshape(n, -1, 8 // bits).unbind(-1)
     stored = reduce(or_, [code << (bits * i) for i, code in enumerate(codes)])
@@ -140,8 +148,7 @@ def _signature(name: str, n: int, k: int) -> tuple[int, int, bool, tuple[Spec, .
     if scheme.input is not None and spec.group_size is not None:
         tensors.append(("weight_sum", torch.float32, (n,)))
     integer = scheme.input is not None and scheme.input.dtype == torch.int8
-    kind = "f8" if spec.dtype.is_floating_point else spec.bits
-    return FORMATS[kind], groups, integer, tuple(tensors)
+    return FORMATS[_format(scheme)][0], groups, integer, tuple(tensors)
 
 
 def _at(t: torch.Tensor | None, spec: Spec, keep: list[torch.Tensor]) -> int | None:

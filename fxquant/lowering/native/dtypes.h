@@ -43,7 +43,7 @@ INLINE f32x16 from_half(const u16x16& v) {
 #else
   uint16_t half[16];
   float value[16];
-  std::memcpy(half, &v, sizeof half);
+  store(half, v);
   for (int i = 0; i < 16; i++) value[i] = half_to_float(half[i]);
   return load<f32x16>(value);
 #endif
@@ -54,7 +54,7 @@ INLINE u16x16 to_half(const f32x16& v) {
 #else
   uint16_t half[16];
   float value[16];
-  std::memcpy(value, &v, sizeof value);
+  store(value, v);
   for (int i = 0; i < 16; i++) half[i] = float_to_half(value[i]);
   return load<u16x16>(half);
 #endif
@@ -62,13 +62,14 @@ INLINE u16x16 to_half(const f32x16& v) {
 
 INLINE f32x16 load_as_float(const void* p, Dtype dtype) {
   if (dtype == FLOAT32) return load<f32x16>(p);
+  if (dtype == INT8) return convert<f32x16>(load<i8x16>(p));
   const u16x16 v = load<u16x16>(p);
   return dtype == BFLOAT16 ? from_bf16(v) : from_half(v);
 }
 INLINE void store_float(void* p, Dtype dtype, const f32x16& v) {
-  if (dtype == FLOAT32) return void(std::memcpy(p, &v, sizeof v));
+  if (dtype == FLOAT32) return void(store(p, v));
   const u16x16 half = dtype == BFLOAT16 ? to_bf16(v) : to_half(v);
-  std::memcpy(p, &half, sizeof half);
+  store(p, half);
 }
 
 // The first `count` only (at most 16), then zeros.

@@ -8,18 +8,17 @@
 #pragma once
 #include "dtypes.h"
 
-enum Format : int { U8 = 0, E4M3 = 1, U4 = 2, U2 = 3 };
+enum Format : int { U8 = 0, E4M3 = 1, U4 = 2, U2 = 3, U4_BYTES = 4 };
 
-constexpr int bits_of(Format f) { return f == U4 ? 4 : f == U2 ? 2 : 8; }
-constexpr bool grouped(Format f) { return f == U4 || f == U2; }
+constexpr int bits_of(Format f) { return f == U8 || f == E4M3 ? 8 : f == U2 ? 2 : 4; }
+constexpr bool grouped(Format f) { return bits_of(f) < 8; }
 
-// The bit at which code k of a lane starts. Bytes in order for 8-bit codes. Integer products read
-// 4-bit codes as the low nibbles of four bytes, then the high ones ("byte order"); float products
-// as pairs, one in each half of the lane, so that a shift of the halves yields the next pair
-// ("pair order").
-constexpr int place(Format f, bool integer, int k) {
-  if (bits_of(f) == 8) return 8 * k;
-  if (integer) return 8 * (k % 4) + 4 * (k / 4);
+// The bit at which code k of a lane starts. U4_BYTES, for integer products, has four codes in the
+// low nibbles of its bytes and the next four in the high ones. U4 and U2, for float products, have
+// a code in each half of the lane, so that a shift of the halves yields the next pair.
+constexpr int place(Format f, int k) {
+  if (f == U8 || f == E4M3) return 8 * k;
+  if (f == U4_BYTES) return 8 * (k % 4) + 4 * (k / 4);
   return 16 * (k % 2) + bits_of(f) * (k / 2);
 }
 
@@ -42,28 +41,10 @@ INLINE float sum_of(const X* x, int64_t count) {
   constexpr Dtype dtype = sizeof(X) == 4 ? FLOAT32 : BFLOAT16;
   for (int64_t k = 0; k < count; k += 16) lanes = lanes + load_some(x + k, dtype, count - k);
   float lane[16], sum = 0;
-  std::memcpy(lane, &lanes, sizeof lane);
+  store(lane, lanes);
   for (float value : lane) sum += value;
   return sum;
 }
-
-template <Format F>
-struct PortableInt {
-  using X = int8_t;
-  using Sum = int32_t;
-  using Acc = i32x16;
-  using Word = i32x16;
-  static constexpr Format FORMAT = F;
-  static constexpr bool PREFETCH = false;
-  static constexpr int STEP = 32 / bits_of(F), DEPTH = 1, WORDS = STEP;
-  static constexpr int OFFSET = 1 << (bits_of(F) - 1);
-  static constexpr bool CONVERTS = false;
-  static INLINE Word broadcast(const X* x) { return splat(int32_t(*x)); }
-  static INLINE Acc dot(const Acc& acc, const Word& x, const Word& w) { return acc + x * w; }
-  static INLINE Word operand(const u32x16& packed, int j) {
-    return bits<Word>((packed >> place(F, true, j)) & ((1u << bits_of(F)) - 1));
-  }
-};
 
 #ifdef FXQUANT_VNNI
 template <Format F>
@@ -82,15 +63,9 @@ struct Vnni {
     return (Acc)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)w, (__m512i)x);
   }
   static INLINE Word operand(const u32x16& packed, int j) {
-    if constexpr (F == U8) return packed;
-    return (packed >> (4 * j)) & 0x0f0f0f0fu;
+    return F == U8 ? packed : (packed >> (4 * j)) & 0x0f0f0f0fu;
   }
 };
-template <Format F>
-using Integer = Vnni<F>;
-#else
-template <Format F>
-using Integer = PortableInt<F>;
 #endif
 
 #ifdef FXQUANT_BF16
@@ -175,12 +150,12 @@ struct Float32 {
   static INLINE Acc dot(const Acc& acc, const Word& x, const Word& w) { return acc + x * w; }
   static INLINE Word operand(const u32x16& packed, int j) {
 #ifdef FXQUANT_BF16
-    if constexpr (F != U8) {  // a bfloat16 is the upper half of a float32
+    if constexpr (F != U8 && F != U4_BYTES) {  // a bfloat16 is the upper half of a float32
       u32x16 pair = Bf16<F>::operand(packed, j / 2);
       return bits<f32x16>(j % 2 ? pair & 0xffff0000u : pair << 16);
     }
 #endif
-    u32x16 code = (packed >> place(F, false, j)) & ((1u << bits_of(F)) - 1);
+    u32x16 code = (packed >> place(F, j)) & ((1u << bits_of(F)) - 1);
     if constexpr (F == E4M3) {
       u32x16 magnitude = code & 0x7f, sign = (code & 0x80) << 24;
       // Rebias the exponent; a subnormal is 2^-6 too large when read as a normal number.

@@ -197,7 +197,7 @@ __attribute__((noinline)) void tile(
     for (int v = 0; v < V; v++) {
       float* at = totals + r * PANEL + 16 * v;
       if (!first_span) total[r][v] = total[r][v] + load<f32x16>(at);
-      std::memcpy(at, &total[r][v], sizeof(f32x16));
+      store(at, total[r][v]);
     }
   }
 }
@@ -252,7 +252,7 @@ void panel_rows(
     const Linear& t, const Prepared<E>& p, const Panel& panel, int64_t begin, int64_t end,
     float* totals, uint8_t* decoded) {
   const int64_t all = t.groups * steps_of<E>(t);
-  if constexpr (grouped(E::FORMAT) || std::is_integral_v<typename E::X> && sizeof(typename E::X) == 1) {
+  if constexpr (grouped(E::FORMAT) || E::DEPTH == 4) {
     all_rows(t, p, panel, {0, all, true, true, totals, nullptr}, begin, end);
   } else {
     constexpr int64_t LENGTH = SPAN / E::STEP;
@@ -270,7 +270,7 @@ void panel_rows(
 #pragma GCC unroll 4
           for (int j = 0; j < E::WORDS; j++) {
             auto operand = E::operand(packed, j);
-            std::memcpy(to + (j * 4 + v) * 64, &operand, 64);
+            store(to + (j * 4 + v) * 64, operand);
           }
         }
       }

@@ -1,10 +1,19 @@
 // The C interface, called through ctypes: fxquant/lowering/native.py says what it is given.
 #include "linear.h"
 
+// Sums of float products are in float32; of integer ones in int32 where there is an instruction for
+// it, else in float32, in which they are exact up to 2^24: the whole of a group, or of a span.
 template <Format F>
-static int run_float(const Linear& t) {
+static int run_as(const Linear& t) {
+#ifdef FXQUANT_VNNI
+  if constexpr (F == U8 || F == U4_BYTES) {
+    if (t.x_dtype == INT8) return run<Vnni<F>>(t);
+  }
+#endif
 #ifdef FXQUANT_BF16
-  if (t.x_dtype == BFLOAT16) return run<Bf16<F>>(t);
+  if constexpr (F != U4_BYTES) {
+    if (t.x_dtype == BFLOAT16) return run<Bf16<F>>(t);
+  }
 #endif
   return run<Float32<F>>(t);
 }
@@ -19,13 +28,15 @@ extern "C" int fxquant_linear(
                  weight,  scale,   zero,   weight_sum, bias, (char*)y};
   switch (Format(format)) {
     case U8:
-      return t.x_dtype == INT8 ? run<Integer<U8>>(t) : run_float<U8>(t);
-    case U4:
-      return t.x_dtype == INT8 ? run<Integer<U4>>(t) : run_float<U4>(t);
-    case U2:
-      return t.x_dtype == INT8 ? 2 : run_float<U2>(t);
+      return run_as<U8>(t);
     case E4M3:
-      return t.x_dtype == INT8 ? 2 : run_float<E4M3>(t);
+      return run_as<E4M3>(t);
+    case U4:
+      return run_as<U4>(t);
+    case U2:
+      return run_as<U2>(t);
+    case U4_BYTES:
+      return run_as<U4_BYTES>(t);
   }
   return 2;
 }

@@ -47,6 +47,7 @@ using f32x16 = Vector<float, 16>::type;
 using i32x16 = Vector<int32_t, 16>::type;
 using u32x16 = Vector<uint32_t, 16>::type;
 using u16x16 = Vector<uint16_t, 16>::type;
+using i8x16 = Vector<int8_t, 16>::type;
 
 template <class H>
 INLINE Pair<H> pair(H low, H high) {
@@ -87,15 +88,43 @@ INLINE auto operator~(const Pair<H>& a) {
 }
 
 template <class T>
+struct Memory {
+  static INLINE T load(const void* p) {
+    T v;
+    std::memcpy(&v, p, sizeof v);
+    return v;
+  }
+  static INLINE void store(void* p, const T& v) { std::memcpy(p, &v, sizeof v); }
+};
+// Half by half: copied as a whole, a pair would go through the stack.
+template <class H>
+struct Memory<Pair<H>> {
+  static INLINE Pair<H> load(const void* p) {
+    return {Memory<H>::load(p), Memory<H>::load((const char*)p + sizeof(H))};
+  }
+  static INLINE void store(void* p, const Pair<H>& v) {
+    Memory<H>::store(p, v.low);
+    Memory<H>::store((char*)p + sizeof(H), v.high);
+  }
+};
+template <class T>
 INLINE T load(const void* p) {
-  T v;
-  std::memcpy(&v, p, sizeof v);
-  return v;
+  return Memory<T>::load(p);
 }
+template <class T>
+INLINE void store(void* p, const T& v) {
+  Memory<T>::store(p, v);
+}
+
 template <class To, class From>
 INLINE To bits(const From& v) {
   static_assert(sizeof(To) == sizeof(From));
   return load<To>(&v);
+}
+template <class To, class H>
+INLINE To bits(const Pair<H>& v) {
+  using Half = decltype(To::low);
+  return {bits<Half>(v.low), bits<Half>(v.high)};
 }
 
 INLINE f32x16 splat(float v) { return v - f32x16{}; }
