@@ -111,4 +111,4 @@ def _check(name: str, module: nn.Module, scheme: Scheme) -> None:
         )
     if weight.device.type != "meta" and not bool(torch.isfinite(weight).all()):
         index = tuple(int(i) for i in (~torch.isfinite(weight)).nonzero()[0])
-        raise NonFiniteWeight(layer=name, value=float(weight[index]), index=index)
+        raise NonFiniteWeight(layer=name, value=weight[index].item(), index=index)

@@ -6,36 +6,43 @@ import torch
 from torch import fx
 
 from ..errors import IllegalGraph
-from ..graph import STAGES, bodies_of, evaluate, is_folded, layers, stage
+from ..graph import STAGES, bodies_of, constants, evaluate, is_folded, layers, stage
 from .base import Pass, describe
 
 aten = torch.ops.aten
 ops = torch.ops.fxquant
 
 ABSENT = {
-    "float": (ops.quantize, ops.dequantize, ops.linear, ops.observe, ops.pack),
-    "observed": (ops.quantize, ops.dequantize, ops.linear, ops.pack),
-    "reference": (ops.linear, ops.pack, ops.dispatch),
+    "float": (ops.quantize, ops.dequantize, ops.observe, ops.pack, ops.dispatch),
+    "observed": (ops.quantize, ops.dequantize, ops.pack, ops.dispatch),
+    "reference": (ops.pack, ops.dispatch),
     "fused": (ops.observe, ops.pack, ops.dispatch),
-    "lowered": (ops.observe, ops.linear),
+    "lowered": (ops.observe,),
 }
-"""Ops that must not occur at a stage."""
+"""Ops that must not occur at a stage. ``fxquant.linear`` may: a QuantLinear brings it."""
 
 
 def check(gm: fx.GraphModule) -> bool:
     """Raises IllegalGraph at the first node that may not stand where it does.
 
-    Looked at: ops that the stage forbids, missing or wrong values, weights quantized but not
-    folded, layers that claim a kernel without a scheme.
+    Looked at: ops that the stage forbids, missing or wrong values, layers that claim a kernel
+    without a scheme; once lowered, linears without a kernel, and weights that are quantized or
+    packed at each call.
     """
     where = stage(gm)
     forbidden = ABSENT.get(where, ())
+    constant = constants(gm) if where == "lowered" else {}
     for node in gm.graph.nodes:
         if node.op == "call_function":
             packet = getattr(node.target, "overloadpacket", None)
             if packet in forbidden:
                 raise IllegalGraph(stage=where, node=node, reason=f"{packet} may not occur here")
             _check_value(node, where)
+            if node.target is ops.linear.default and node.args[1] in constant:
+                raise IllegalGraph(stage=where, node=node, reason="has no kernel")
+            if node in constant and packet in (ops.quantize, ops.pack):
+                reason = "depends on parameters alone and is computed at each call"
+                raise IllegalGraph(stage=where, node=node, reason=reason)
         if node.op == "call_module" and not is_folded(gm, node):
             raise IllegalGraph(stage=where, node=node, reason="calls a module that is not folded")
     for layer in layers(gm).values():
@@ -56,7 +63,7 @@ def _check_value(node: fx.Node, where: str) -> None:
     if torch.Tag.dynamic_output_shape in node.target.tags or node.target is aten.item.default:
         return
     found, kept = evaluate(node), node.meta["val"]
-    if isinstance(kept, torch.Tensor) and describe(found) != describe(kept):
+    if isinstance(kept, torch.Tensor | list | tuple) and describe(found) != describe(kept):
         reason = f"gives {describe(found)}, noted is {describe(kept)}"
         raise IllegalGraph(stage=where, node=node, reason=reason)
 
