@@ -11,8 +11,6 @@ from fxquant import passes
 from fxquant.errors import NoKernel
 from fxquant.graph import layers, stage, value
 from fxquant.lowering import select
-from fxquant.lowering.cost import roofline
-from fxquant.lowering.dequantize import LAYOUT
 from fxquant.lowering.kernel import KERNELS, LAYOUTS, Device, Kernel, Layout, M
 from fxquant.passes import lowering
 from fxquant.scheme import Quantized
@@ -95,8 +93,7 @@ def test_the_kernels_of_this_machine_compute_what_the_fused_graph_means(scheme):
     for layer in layers(gm).values():
         assert layer.scheme == scheme and layer.kernel in KERNELS and layer.rows == "14"
         assert layer.kernel not in layer.refused
-        assert set(layer.refused) | {layer.kernel} == set(KERNELS)
-        assert all(layer.refused.values())
+        assert all(layer.refused.values()), "a refusal without a reason"
 
 
 @pytest.mark.parametrize("epilogue", ["", "relu", "gelu", "gelu_tanh", "silu"])
@@ -130,7 +127,6 @@ def test_a_kernel_has_its_own_layout_and_activation(own_kernel):
         )
         assert pack.args[3:] == ("int8wo", "flipped")
         assert layers(gm)["w"].kernel == "flipped"
-        assert layers(gm)["w"].refused["dequantize"] == "slower by the cost model"
 
 
 @torch.no_grad()
@@ -279,6 +275,3 @@ def test_the_values_are_those_that_a_run_gives():
     (node,) = output.all_input_nodes
     y = gm(X.bfloat16())
     assert (value(node).shape, value(node).dtype) == (y.shape, y.dtype) == ((5, 32), torch.bfloat16)
-
-
-assert LAYOUT.name == "canonical" and roofline  # what ``own_kernel`` competes with
