@@ -2,8 +2,9 @@
 
     PYTHONPATH=. python3 benchmarks/gpu_check.py --out DIR [--minutes 8] [--no-tests] [--only NAME]
 
-Writes DIR/gpu_check.json (versions, GPU, date, every reading) and DIR/gpu_check_tests.txt, and
-prints a short table last. Needs torch with CUDA, Triton and pytest; nothing is installed.
+Writes DIR/gpu_check.json (versions, GPU, date, every reading), DIR/gpu_check.md and
+DIR/gpu_check_tests.txt, and prints a short table last. Needs torch with CUDA, Triton and pytest;
+nothing is installed.
 
 Times are medians of CUDA-graph replays over copies of the weight that together exceed the L2 cache,
 beside bfloat16 ``F.linear`` in the same process. Activations are quantized before the clock
@@ -316,6 +317,18 @@ def table(records: list[dict]) -> str:
     return "\n".join(lines)
 
 
+def page(report: dict) -> str:
+    """The readings as Markdown."""
+    tests = "\n".join(f"{shard}: {line}" for shard, line in report["tests"].items())
+    versions = f"{report['gpu']}, torch {report['torch']}, Triton {report['triton']}"
+    return (
+        f"# CUDA kernels, first versions\n\n{versions}, {report['date']}\n\n"
+        "Times are medians of CUDA-graph replays over weights rotated past the L2 cache; activation\n"
+        "quantization is outside them. Errors are in units of the allowance of tests/oracles.py.\n\n"
+        f"```\n{table(report['records'])}\n```\n\nTests on this GPU:\n\n```\n{tests}\n```\n"
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
@@ -350,6 +363,7 @@ def main() -> None:
         "records": records,
     }
     (args.out / "gpu_check.json").write_text(json.dumps(report, indent=1))
+    (args.out / "gpu_check.md").write_text(page(report))
     for record in [r for r in records if "failure" in r][:12]:
         print({k: (v[:160] if isinstance(v, str) else v) for k, v in record.items()})
     print(

@@ -180,7 +180,7 @@ def compile_graph(
     patches = {"post_grad_custom_pre_pass": _CacheTag(tag), **patches}
     gm.meta.update({k: copy.copy(v) for k, v in origin.meta.items() if k not in gm.meta})
     if hasattr(origin, "_param_name_to_source"):
-        gm._param_name_to_source = {}  # every parameter is a placeholder
+        gm._param_name_to_source = {}  # type: ignore[assignment]  # every parameter is a placeholder
     context = TracingContext.try_get()
     mode = getattr(context, "fake_mode", None) or _mode_of(
         [n.meta.get("val") for n in gm.graph.nodes]
@@ -190,7 +190,7 @@ def compile_graph(
     for i, node in enumerate(placeholders[len(placeholders) - len(packed) :]):
         node._dynamo_source = ConstantSource(f"fxquant_packed_{i}")
         node.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
-    return compile_fx(gm, [*inputs, *static], config_patches=patches)
+    return compile_fx(gm, [*inputs, *static], config_patches=patches)  # type: ignore[return-value]
 
 
 def emit_artifact(name: str, text: Callable[[], str]) -> None:

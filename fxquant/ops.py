@@ -110,10 +110,9 @@ def linear(
     """``activation(dequantize(quantize(x)) @ dequantize(codes).T + bias)``, rounded once to x.dtype."""
     row = get_scheme(scheme)
     wide = compute_dtype(x.dtype)
+    x_wide = x.to(wide)
     if row.input is not None:
         x_wide = row.input.dequantize(row.input.quantize(x), wide)
-    else:
-        x_wide = x.to(wide)
     w = row.weight.dequantize(Quantized(codes, scale, zero), wide)
     y = F.linear(x_wide, w, None if bias is None else bias.to(wide))
     return ACTIVATIONS[epilogue](y).to(x.dtype)

@@ -251,7 +251,7 @@ def _cost(problem: Problem):
     return roofline(
         problem,
         weight_bytes=problem.n * problem.k * spec.bits / 8,
-        operations="int8" if problem.scheme.input is not None else "bfloat16",
+        operations="vector_int8" if problem.scheme.input is not None else "vector_bfloat16",
     )
 
 

@@ -27,6 +27,9 @@ _CPU_PEAKS: dict[str, dict[str, float]] = {
     "avx2": {"float32": 5.0e10, "bfloat16": 2.0e10, "int8": 8.0e10},
     "": {"float32": 1.0e10, "bfloat16": 5.0e9, "int8": 1.0e10},
 }
+_VECTOR_LIMIT = {"vector_bfloat16": ("bfloat16", 1.5e11), "vector_int8": ("int8", 3.0e11)}
+"""What instructions on vectors reach, per core: our own kernels use no AMX tiles."""
+
 _CPU_BANDWIDTH = 1.5e10
 """bytes/s for each core, up to eight; more share the memory controllers."""
 
@@ -60,12 +63,13 @@ def _cuda_row(index: int) -> Device:
 @lru_cache
 def _cpu_row(threads: int, type_: str) -> Device:
     features = cpu_features()
-    best = next(k for k in _CPU_PEAKS if not k or k in features)
+    best = _CPU_PEAKS[next(k for k in _CPU_PEAKS if not k or k in features)]
+    vector = {name: min(best[kind], limit) for name, (kind, limit) in _VECTOR_LIMIT.items()}
     return Device(
         name=platform.processor() or platform.machine(),
         type=type_,
         bandwidth=_CPU_BANDWIDTH * min(threads, 8),
-        peak={k: v * threads for k, v in _CPU_PEAKS[best].items()},
+        peak={k: v * threads for k, v in (best | vector).items()},
         launch=1e-5,
         features=features,
         units=threads,
