@@ -90,10 +90,8 @@ def _int32_suffices(problem: Problem) -> str | None:
     faults=({"k": 2**17},),
 )
 def onednn_int8(scheme, x, packed, bias, epilogue):
-    """Quantize per token, multiply in integers, rescale by row; float32 unless x is bfloat16."""
+    """Quantize per token, multiply in integers, rescale by row; rounded once, at the end."""
     codes, scale, _ = scheme.input.quantize(x)
     n = packed[1].shape[0]
-    partial = torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32
-    y = torch.ops.fxquant.onednn_product(codes, packed[0], packed[1], n, partial)
-    y = y.float() * scale
+    y = torch.ops.fxquant.onednn_product(codes, packed[0], packed[1], n, torch.float32) * scale
     return (y if bias is None else y + bias.float()).to(x.dtype)

@@ -143,7 +143,9 @@ __attribute__((noinline)) void tile(
 
   for (int64_t g = 0; g < groups; g++) {
     typename E::Acc acc[R][V];
+#pragma GCC unroll 8
     for (int r = 0; r < R; r++) {
+#pragma GCC unroll 4
       for (int v = 0; v < V; v++) {
         acc[r][v] = typename E::Acc{};
         if (E::OFFSET != 0 && (GROUPED || span.first)) {
