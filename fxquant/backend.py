@@ -270,6 +270,8 @@ def lift(gm: fx.GraphModule, found: dict[str, Layer]) -> Rewritten:
                 last = gm.graph.placeholder(f"constant_{len(constants)}")
             last.meta["val"] = node.meta["val"]
             replace(node, last)
+    for name, _ in list(gm.named_buffers(recurse=False)):
+        delattr(gm, name)  # or AOTAutograd would ask Dynamo where they come from
     kept = []
     for i, node in enumerate(placeholders):
         if node in known and not node.users:

@@ -180,7 +180,9 @@ def compile_graph(
     patches = {"post_grad_custom_pre_pass": _CacheTag(tag), **patches}
     gm.meta.update({k: copy.copy(v) for k, v in origin.meta.items() if k not in gm.meta})
     if hasattr(origin, "_param_name_to_source"):
-        gm._param_name_to_source = {}  # type: ignore[assignment]  # every parameter is a placeholder
+        # every parameter is a placeholder; constants that tracing made inside of bodies are left
+        sources = {name: ConstantSource(f"fxquant_{name}") for name, _ in gm.named_buffers()}
+        gm._param_name_to_source = sources  # type: ignore[assignment]
     context = TracingContext.try_get()
     mode = getattr(context, "fake_mode", None) or _mode_of(
         [n.meta.get("val") for n in gm.graph.nodes]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import operator
 from typing import Any
 
@@ -129,7 +130,10 @@ def _copy(
 
 
 def hoist(gm: fx.GraphModule) -> bool:
-    """Bring constant ``quantize`` and ``pack`` nodes out of the bodies of cond, loops and regions."""
+    """Bring constant ``quantize`` and ``pack`` nodes out of the bodies of cond, loops and regions.
+
+    Tensors that tracing made inside of a body come out too: only the outermost graph may own any.
+    """
     changed = False
     for node in list(gm.graph.nodes):
         bodies = [body for body, _ in calls_of(gm, node)]
@@ -143,6 +147,12 @@ def hoist(gm: fx.GraphModule) -> bool:
             for target in [n for n in body.graph.nodes if _foldable(n) and n in constant]:
                 _hoist_one(gm, node, body, bodies, target, bound)
                 changed = True
+            for target in body.graph.find_nodes(op="get_attr"):
+                if isinstance(fetch(body, str(target.target)), torch.Tensor):
+                    _hoist_one(gm, node, body, bodies, target, bound)
+                    changed = True
+            for name, _ in list(body.named_buffers(recurse=False)):
+                delattr(body, name)
             body.recompile()
     return changed
 
@@ -166,8 +176,9 @@ def _hoist_one(
             add_operand(call, operand)
             for other in bodies:
                 holes = other.graph.find_nodes(op="placeholder")
-                with other.graph.inserting_after(holes[-1]):
-                    new = other.graph.placeholder(f"hoisted_{len(holes)}")
+                graph = other.graph
+                with graph.inserting_after(holes[-1]) if holes else graph.inserting_before(None):
+                    new = graph.placeholder(f"hoisted_{len(holes)}")
                 new.meta["val"] = value(operand)
                 if other is body:
                     other.meta["fxquant_parameters"][new.name] = layer_of(target)
@@ -183,7 +194,12 @@ def _emit_outside(
 ) -> fx.Node:
     if node in bound:
         return bound[node]
-    if node not in done:
+    if node.op == "get_attr" and node not in done:
+        name = next(n for i in itertools.count() if not hasattr(gm, n := f"hoisted_tensor_{i}"))
+        gm.register_buffer(name, fetch(node.graph.owning_module, str(node.target)))
+        done[node] = gm.graph.get_attr(name)
+        done[node].meta["val"] = value(node)
+    elif node not in done:
         env = {n: _emit_outside(gm, n, bound, done) for n in node.all_input_nodes}
         args = fx.node.map_arg(node.args, lambda n: env[n])
         kwargs = fx.node.map_arg(node.kwargs, lambda n: env[n])
