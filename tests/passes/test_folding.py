@@ -200,6 +200,32 @@ def test_weights_of_branches_are_hoisted_out_of_them(runs):
     assert sorted(runs) == ["a", "b"]
 
 
+@torch.no_grad()
+def test_tensors_that_tracing_made_inside_of_a_branch_come_out(graphs):
+    """AOTAutograd takes no graph whose bodies own tensors."""
+
+    class Branch(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(64, 64), nn.Linear(64, 64)
+
+        def forward(self, x):
+            def scaled(x):
+                return self.a(x) * torch.tensor([2.0]) + torch.tensor([1.0, 3.0]).sum()
+
+            return torch.cond(x.sum() > 0, scaled, self.b, (x,)) * torch.tensor([0.5])
+
+    model = Branch().requires_grad_(False)
+    run = torch.compile(model, backend="fxquant", options={"scheme": "int8wo"}, fullgraph=True)
+    for x in (X.abs(), -X.abs()):
+        assert 38 < sqnr(run(x), model(x)) < 70
+    (gm,) = graphs
+    for graph in (gm, *bodies_of(gm)):
+        assert not list(graph.named_buffers(recurse=False))
+    for body in bodies_of(gm):
+        assert not body.graph.find_nodes(op="get_attr")
+
+
 def test_inputs_are_quantized_at_each_call():
     gm = through(trace(MLP(), X, to="reference", scheme="int8dq"), passes.fold_qparams)
     assert [n.args[2] for n in calls(gm, ops.quantize.default)] == ["input", "input"]
