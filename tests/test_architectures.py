@@ -142,7 +142,7 @@ ARCHITECTURES = {
     gpt2: ("int8wo", "8da4w-32"),
     llama: tuple(FLOORS),
     qwen2: ("int8dq", "int4wo-32"),
-    t5: tuple(FLOORS),
+    t5: ("int8wo", "8da4w-32"),
     vit: ("int8dq", "int4wo-32"),
     opt: ("int8wo", "8da4w-32"),
     whisper: ("int8dq", "int4wo-32"),

@@ -194,7 +194,7 @@ CASES = {
     ),
     no_kernel: (
         errors.NoKernel,
-        r"^strict: up fell back to dequantize; .*native_float: (takes|needs) ",
+        r"^strict: up fell back to dequantize; .*native_w4a16: (takes|needs) ",
     ),
     build_failed: (errors.BuildFailed, r"could not be built with false: no message"),
 }

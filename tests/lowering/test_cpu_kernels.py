@@ -93,6 +93,11 @@ def test_oracles(kernel: str, scheme: str, path: str) -> None:
     oracles.recipe_sqnr(kernel, scheme)
 
 
+@pytest.mark.parametrize("kernel, scheme", ONE_OF_EACH)
+def test_more_rows_than_one_thread_takes_at_once(kernel: str, scheme: str, path: str) -> None:
+    oracles.exact_probe(kernel, scheme, 1203, 70, shapes(scheme)[2][1], torch.bfloat16, True)
+
+
 @pytest.mark.parametrize("epilogue", [name for name in ACTIVATIONS if name])
 @pytest.mark.parametrize("kernel, scheme", ONE_OF_EACH)
 def test_epilogues(kernel: str, scheme: str, epilogue: str, path: str) -> None:
