@@ -1,0 +1,370 @@
+# ruff: noqa: E501  (the graphs are as wide as they are)
+"""The graph of a small model at each stage, written out: what changes is seen in a review.
+
+``EXPECTTEST_ACCEPT=1 pytest tests/test_golden_graphs.py`` writes the present graphs into this file.
+The device is a made-up one without kernels of its own, so the texts are those of every machine.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+from expecttest import TestCase
+from torch import fx, nn
+
+import fxquant
+from fxquant import passes
+from fxquant.graph import fetch, is_folded, stage
+from fxquant.lowering.kernel import Device
+from fxquant.passes import lowering
+from fxquant.passes.base import Pass, describe
+
+DEVICE = Device(name="golden", type="none", bandwidth=1e10, peak={"float32": 1e11}, launch=1e-6)
+
+
+class Model(nn.Module):
+    """A GELU between two linears; three more on one input, one without a bias."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(32, 64), nn.Linear(64, 32)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down(F.gelu(self.up(x)))
+
+
+class Attention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.q, self.k = nn.Linear(32, 32), nn.Linear(32, 32, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.q(x).view(2, 4, 8) * self.k(x).view(2, 4, 8)
+
+
+def listing(gm: fx.GraphModule) -> str:
+    """A line for each node: its name, value and expression; then what is folded."""
+    lines = []
+    for node in gm.graph.nodes:
+        if node.op == "output":
+            lines.append(f"return {', '.join(map(str, node.all_input_nodes))}")
+        elif node.op == "placeholder":
+            lines.append(f"input {node}: {_short(node.meta['val'])}")
+        elif node.op == "get_attr":
+            lines.append(f"{node} = self.{node.target}")
+        else:
+            value = "" if node.target is operator.getitem else f": {_short(node.meta['val'])}"
+            args = ", ".join(
+                [*map(_text, node.args), *(f"{k}={v}" for k, v in node.kwargs.items())]
+            )
+            lines.append(f"{node}{value} = {_name(node)}({args})")
+    for node in gm.graph.find_nodes(op="call_module"):
+        if is_folded(gm, node):
+            recipe = fetch(gm, str(node.target)).recipe.graph
+            lines.append(f"{node.target}:")
+            lines += [
+                f"  {n} = {_name(n)}({', '.join(map(_text, n.args))})"
+                for n in recipe.nodes
+                if n.op == "call_function"
+            ]
+            (output,) = recipe.find_nodes(op="output")
+            lines.append(f"  return {', '.join(map(str, output.all_input_nodes))}")
+    return "\n".join(lines)
+
+
+def _short(value: Any) -> str:
+    return describe(value).replace("torch.", "").replace(" stride ", "")
+
+
+def _text(arg: Any) -> str:
+    return str(arg).replace("torch.", "") if arg != "" else "''"
+
+
+def _name(node: fx.Node) -> str:
+    if node.target is operator.getitem:
+        return "getitem"
+    return (
+        f"self.{node.target}"
+        if node.op == "call_module"
+        else str(node.target).removesuffix(".default")
+    )
+
+
+class TestGoldenGraphs(TestCase):
+    def graph(self, model: nn.Module, wanted: str, *steps: Pass) -> str:
+        torch.manual_seed(0)
+        gm = fxquant.trace(model, (torch.randn(2, 32),))
+        with mock.patch.object(lowering, "device_row", lambda device: DEVICE):
+            for one in steps:
+                one(gm)
+        self.assertEqual(stage(gm), wanted)
+        return listing(gm)
+
+    def until_merge(self, scheme: str) -> tuple[Pass, ...]:
+        names = ("lowered", "verified")
+        return tuple(one for name, one in passes.pipeline(scheme) if name not in names)
+
+    def test_float(self):
+        text = self.graph(Model(), "float", passes.normalize)
+        self.assertExpectedInline(
+            text,
+            """\
+up_weight = self.up.weight
+up_bias = self.up.bias
+down_weight = self.down.weight
+down_bias = self.down.bias
+input x: float32[2, 32](32, 1)
+linear: float32[2, 64](64, 1) = aten.linear(x, up_weight, up_bias)
+gelu: float32[2, 64](64, 1) = aten.gelu(linear)
+linear_1: float32[2, 32](32, 1) = aten.linear(gelu, down_weight, down_bias)
+return linear_1""",
+        )
+
+    def test_observed(self):
+        text = self.graph(Model(), "observed", passes.normalize, passes.insert_observers)
+        self.assertExpectedInline(
+            text,
+            """\
+up_weight = self.up.weight
+up_bias = self.up.bias
+down_weight = self.down.weight
+down_bias = self.down.bias
+input x: float32[2, 32](32, 1)
+observe_default: float32[2, 32](32, 1) = fxquant.observe(x, up:input)
+linear: float32[2, 64](64, 1) = aten.linear(observe_default, up_weight, up_bias)
+gelu: float32[2, 64](64, 1) = aten.gelu(linear)
+observe_default_1: float32[2, 64](64, 1) = fxquant.observe(gelu, down:input)
+linear_1: float32[2, 32](32, 1) = aten.linear(observe_default_1, down_weight, down_bias)
+return linear_1""",
+        )
+
+    def test_reference(self):
+        steps = (passes.normalize, passes.quantize_weights("int8dq"))
+        text = self.graph(Model(), "reference", *steps)
+        self.assertExpectedInline(
+            text,
+            """\
+up_weight = self.up.weight
+up_bias = self.up.bias
+down_weight = self.down.weight
+down_bias = self.down.bias
+input x: float32[2, 32](32, 1)
+quantize_default: [int8[2, 32](32, 1), float32[2, 1](1, 1)] = fxquant.quantize(x, int8dq, input)
+getitem = getitem(quantize_default, 0)
+getitem_1 = getitem(quantize_default, 1)
+dequantize_default: float32[2, 32](32, 1) = fxquant.dequantize(getitem, getitem_1, None, int8dq, input, float32)
+quantize_default_1: [int8[64, 32](32, 1), float32[64, 1](1, 1)] = fxquant.quantize(up_weight, int8dq, weight)
+getitem_2 = getitem(quantize_default_1, 0)
+getitem_3 = getitem(quantize_default_1, 1)
+dequantize_default_1: float32[64, 32](32, 1) = fxquant.dequantize(getitem_2, getitem_3, None, int8dq, weight, float32)
+linear: float32[2, 64](64, 1) = aten.linear(dequantize_default, dequantize_default_1, up_bias)
+gelu: float32[2, 64](64, 1) = aten.gelu(linear)
+quantize_default_2: [int8[2, 64](64, 1), float32[2, 1](1, 1)] = fxquant.quantize(gelu, int8dq, input)
+getitem_4 = getitem(quantize_default_2, 0)
+getitem_5 = getitem(quantize_default_2, 1)
+dequantize_default_2: float32[2, 64](64, 1) = fxquant.dequantize(getitem_4, getitem_5, None, int8dq, input, float32)
+quantize_default_3: [int8[32, 64](64, 1), float32[32, 1](1, 1)] = fxquant.quantize(down_weight, int8dq, weight)
+getitem_6 = getitem(quantize_default_3, 0)
+getitem_7 = getitem(quantize_default_3, 1)
+dequantize_default_3: float32[32, 64](64, 1) = fxquant.dequantize(getitem_6, getitem_7, None, int8dq, weight, float32)
+linear_1: float32[2, 32](32, 1) = aten.linear(dequantize_default_2, dequantize_default_3, down_bias)
+return linear_1""",
+        )
+
+    def test_reference_folded(self):
+        steps = (passes.normalize, passes.quantize_weights("8da4w-32"), passes.fold_qparams)
+        text = self.graph(Model(), "reference", *steps)
+        self.assertExpectedInline(
+            text,
+            """\
+up_weight = self.up.weight
+up_bias = self.up.bias
+down_weight = self.down.weight
+down_bias = self.down.bias
+input x: float32[2, 32](32, 1)
+folded_0: [uint8[64, 16](16, 1), bfloat16[64, 1](1, 1)] = self.folded_0(up_weight)
+folded_1: [uint8[32, 32](32, 1), bfloat16[32, 2](2, 1)] = self.folded_1(down_weight)
+quantize_default: [int8[2, 32](32, 1), float32[2, 1](1, 1), int32[2, 1](1, 1)] = fxquant.quantize(x, 8da4w-32, input)
+getitem = getitem(quantize_default, 0)
+getitem_1 = getitem(quantize_default, 1)
+getitem_2 = getitem(quantize_default, 2)
+dequantize_default: float32[2, 32](32, 1) = fxquant.dequantize(getitem, getitem_1, getitem_2, 8da4w-32, input, float32)
+getitem_3 = getitem(folded_0, 0)
+getitem_4 = getitem(folded_0, 1)
+dequantize_default_1: float32[64, 32](32, 1) = fxquant.dequantize(getitem_3, getitem_4, None, 8da4w-32, weight, float32)
+linear: float32[2, 64](64, 1) = aten.linear(dequantize_default, dequantize_default_1, up_bias)
+gelu: float32[2, 64](64, 1) = aten.gelu(linear)
+quantize_default_2: [int8[2, 64](64, 1), float32[2, 1](1, 1), int32[2, 1](1, 1)] = fxquant.quantize(gelu, 8da4w-32, input)
+getitem_5 = getitem(quantize_default_2, 0)
+getitem_6 = getitem(quantize_default_2, 1)
+getitem_7 = getitem(quantize_default_2, 2)
+dequantize_default_2: float32[2, 64](64, 1) = fxquant.dequantize(getitem_5, getitem_6, getitem_7, 8da4w-32, input, float32)
+getitem_8 = getitem(folded_1, 0)
+getitem_9 = getitem(folded_1, 1)
+dequantize_default_3: float32[32, 64](64, 1) = fxquant.dequantize(getitem_8, getitem_9, None, 8da4w-32, weight, float32)
+linear_1: float32[2, 32](32, 1) = aten.linear(dequantize_default_2, dequantize_default_3, down_bias)
+return linear_1
+folded_0:
+  quantize_default_1 = fxquant.quantize(p0, 8da4w-32, weight)
+  return quantize_default_1
+folded_1:
+  quantize_default_3 = fxquant.quantize(p0, 8da4w-32, weight)
+  return quantize_default_3""",
+        )
+
+    def test_fused(self):
+        steps = (passes.normalize, passes.quantize_weights("int8dq"), passes.fuse)
+        text = self.graph(Model(), "fused", *steps)
+        self.assertExpectedInline(
+            text,
+            """\
+up_weight = self.up.weight
+up_bias = self.up.bias
+down_weight = self.down.weight
+down_bias = self.down.bias
+input x: float32[2, 32](32, 1)
+quantize_default_1: [int8[64, 32](32, 1), float32[64, 1](1, 1)] = fxquant.quantize(up_weight, int8dq, weight)
+getitem_2 = getitem(quantize_default_1, 0)
+getitem_3 = getitem(quantize_default_1, 1)
+linear_default_2: float32[2, 64](64, 1) = fxquant.linear(x, getitem_2, getitem_3, None, up_bias, int8dq, gelu)
+quantize_default_3: [int8[32, 64](64, 1), float32[32, 1](1, 1)] = fxquant.quantize(down_weight, int8dq, weight)
+getitem_6 = getitem(quantize_default_3, 0)
+getitem_7 = getitem(quantize_default_3, 1)
+linear_default_1: float32[2, 32](32, 1) = fxquant.linear(linear_default_2, getitem_6, getitem_7, None, down_bias, int8dq, '')
+return linear_default_1""",
+        )
+
+    def test_merged(self):
+        text = self.graph(Attention(), "fused", *self.until_merge("int4wo-32"))
+        self.assertExpectedInline(
+            text,
+            """\
+q_weight = self.q.weight
+q_bias = self.q.bias
+k_weight = self.k.weight
+input x: float32[2, 32](32, 1)
+folded_0: [uint8[32, 16](16, 1), bfloat16[32, 1](1, 1), bfloat16[32, 1](1, 1)] = self.folded_0(q_weight)
+folded_1: [uint8[32, 16](16, 1), bfloat16[32, 1](1, 1), bfloat16[32, 1](1, 1)] = self.folded_1(k_weight)
+getitem = getitem(folded_0, 0)
+getitem_1 = getitem(folded_0, 1)
+getitem_2 = getitem(folded_0, 2)
+getitem_3 = getitem(folded_1, 0)
+getitem_4 = getitem(folded_1, 1)
+getitem_5 = getitem(folded_1, 2)
+cat_default: uint8[64, 16](16, 1) = aten.cat([getitem, getitem_3], 0)
+cat_default_1: bfloat16[64, 1](1, 1) = aten.cat([getitem_1, getitem_4], 0)
+cat_default_2: bfloat16[64, 1](1, 1) = aten.cat([getitem_2, getitem_5], 0)
+new_zeros_default: float32[32](1,) = aten.new_zeros(q_bias, [32])
+cat_default_3: float32[64](1,) = aten.cat([q_bias, new_zeros_default], 0)
+linear_default_2: float32[2, 64](64, 1) = fxquant.linear(x, cat_default, cat_default_1, cat_default_2, cat_default_3, int4wo-32, '')
+split_with_sizes_default: [float32[2, 32](64, 1), float32[2, 32](64, 1)] = aten.split_with_sizes(linear_default_2, [32, 32], -1)
+getitem_6 = getitem(split_with_sizes_default, 0)
+getitem_7 = getitem(split_with_sizes_default, 1)
+view: float32[2, 4, 8](64, 8, 1) = aten.view(getitem_6, [2, 4, 8])
+view_1: float32[2, 4, 8](64, 8, 1) = aten.view(getitem_7, [2, 4, 8])
+mul: float32[2, 4, 8](32, 8, 1) = aten.mul.Tensor(view, view_1)
+return mul
+folded_0:
+  quantize_default = fxquant.quantize(p0, int4wo-32, weight)
+  return quantize_default
+folded_1:
+  quantize_default_1 = fxquant.quantize(p0, int4wo-32, weight)
+  return quantize_default_1""",
+        )
+
+    def test_lowered(self):
+        steps = (*self.until_merge("int8wo"), passes.lower(), passes.verify)
+        text = self.graph(Model(), "lowered", *steps)
+        self.assertExpectedInline(
+            text,
+            """\
+up_weight = self.up.weight
+up_bias = self.up.bias
+down_weight = self.down.weight
+down_bias = self.down.bias
+input x: float32[2, 32](32, 1)
+folded_2: [int8[64, 32](32, 1), float32[64, 1](1, 1)] = self.folded_2(up_weight)
+folded_3: [int8[32, 64](64, 1), float32[32, 1](1, 1)] = self.folded_3(down_weight)
+getitem_4 = getitem(folded_2, 0)
+getitem_5 = getitem(folded_2, 1)
+reshape_default: float32[2, 32](32, 1) = aten.reshape(x, [-1, 32])
+to_dtype: float32[64, 32](32, 1) = aten.to.dtype(getitem_4, float32)
+to_dtype_1: float32[64, 1](1, 1) = aten.to.dtype(getitem_5, float32)
+mul_tensor: float32[64, 32](32, 1) = aten.mul.Tensor(to_dtype, to_dtype_1)
+to_dtype_2: float32[64, 32](32, 1) = aten.to.dtype(mul_tensor, float32)
+linear_default_3: float32[2, 64](64, 1) = aten.linear(reshape_default, to_dtype_2, up_bias)
+gelu_default: float32[2, 64](64, 1) = aten.gelu(linear_default_3)
+reshape_default_1: float32[2, 64](64, 1) = aten.reshape(gelu_default, [2, 64])
+getitem_6 = getitem(folded_3, 0)
+getitem_7 = getitem(folded_3, 1)
+reshape_default_2: float32[2, 64](64, 1) = aten.reshape(reshape_default_1, [-1, 64])
+to_dtype_3: float32[32, 64](64, 1) = aten.to.dtype(getitem_6, float32)
+to_dtype_4: float32[32, 1](1, 1) = aten.to.dtype(getitem_7, float32)
+mul_tensor_1: float32[32, 64](64, 1) = aten.mul.Tensor(to_dtype_3, to_dtype_4)
+to_dtype_5: float32[32, 64](64, 1) = aten.to.dtype(mul_tensor_1, float32)
+linear_default_4: float32[2, 32](32, 1) = aten.linear(reshape_default_2, to_dtype_5, down_bias)
+reshape_default_3: float32[2, 32](32, 1) = aten.reshape(linear_default_4, [2, 32])
+return reshape_default_3
+folded_2:
+  quantize_default = fxquant.quantize(p0, int8wo, weight)
+  getitem = getitem(quantize_default, 0)
+  getitem_1 = getitem(quantize_default, 1)
+  pack_default = fxquant.pack(getitem, getitem_1, None, int8wo, canonical)
+  return pack_default
+folded_3:
+  quantize_default_1 = fxquant.quantize(p0, int8wo, weight)
+  getitem_2 = getitem(quantize_default_1, 0)
+  getitem_3 = getitem(quantize_default_1, 1)
+  pack_default_1 = fxquant.pack(getitem_2, getitem_3, None, int8wo, canonical)
+  return pack_default_1""",
+        )
+
+    def test_lowered_and_merged(self):
+        steps = (*self.until_merge("int8wo"), passes.lower(), passes.verify)
+        text = self.graph(Attention(), "lowered", *steps)
+        self.assertExpectedInline(
+            text,
+            """\
+q_weight = self.q.weight
+q_bias = self.q.bias
+k_weight = self.k.weight
+input x: float32[2, 32](32, 1)
+folded_2: [float32[64](1,)] = self.folded_2(q_bias)
+getitem_8 = getitem(folded_2, 0)
+folded_3: [int8[64, 32](32, 1), float32[64, 1](1, 1)] = self.folded_3(q_weight, k_weight)
+getitem_6 = getitem(folded_3, 0)
+getitem_7 = getitem(folded_3, 1)
+reshape_default: float32[2, 32](32, 1) = aten.reshape(x, [-1, 32])
+to_dtype: float32[64, 32](32, 1) = aten.to.dtype(getitem_6, float32)
+to_dtype_1: float32[64, 1](1, 1) = aten.to.dtype(getitem_7, float32)
+mul_tensor: float32[64, 32](32, 1) = aten.mul.Tensor(to_dtype, to_dtype_1)
+to_dtype_2: float32[64, 32](32, 1) = aten.to.dtype(mul_tensor, float32)
+linear_default_3: float32[2, 64](64, 1) = aten.linear(reshape_default, to_dtype_2, getitem_8)
+reshape_default_1: float32[2, 64](64, 1) = aten.reshape(linear_default_3, [2, 64])
+split_with_sizes_default: [float32[2, 32](64, 1), float32[2, 32](64, 1)] = aten.split_with_sizes(reshape_default_1, [32, 32], -1)
+getitem_4 = getitem(split_with_sizes_default, 0)
+getitem_5 = getitem(split_with_sizes_default, 1)
+view: float32[2, 4, 8](64, 8, 1) = aten.view(getitem_4, [2, 4, 8])
+view_1: float32[2, 4, 8](64, 8, 1) = aten.view(getitem_5, [2, 4, 8])
+mul: float32[2, 4, 8](32, 8, 1) = aten.mul.Tensor(view, view_1)
+return mul
+folded_2:
+  new_zeros_default = aten.new_zeros(p0, [32])
+  cat_default_2 = aten.cat([p0, new_zeros_default], 0)
+  return cat_default_2
+folded_3:
+  quantize_default = fxquant.quantize(p0, int8wo, weight)
+  getitem = getitem(quantize_default, 0)
+  quantize_default_1 = fxquant.quantize(p1, int8wo, weight)
+  getitem_2 = getitem(quantize_default_1, 0)
+  cat_default = aten.cat([getitem, getitem_2], 0)
+  getitem_1 = getitem(quantize_default, 1)
+  getitem_3 = getitem(quantize_default_1, 1)
+  cat_default_1 = aten.cat([getitem_1, getitem_3], 0)
+  pack_default = fxquant.pack(cat_default, cat_default_1, None, int8wo, canonical)
+  return pack_default""",
+        )
