@@ -16,7 +16,6 @@ from operator import or_
 
 import torch
 
-from ..affine import unpack_codes
 from ..errors import InvalidOption, ShapeMismatch, UnsupportedDtype
 from ..scheme import Quantized, Scheme, get_scheme
 from . import native
@@ -94,9 +93,7 @@ def pack(scheme: Scheme, q: Quantized) -> list[torch.Tensor]:
         return [weight, q.scale[:, 0].clone()]
     packed = [weight, *(_to_panels(t) for t in (q.scale, q.zero) if t is not None)]
     if scheme.input is not None:
-        values = unpack_codes(q.codes, spec.dtype).reshape(*q.scale.shape, spec.group_size)
-        sums = values.sum(-1, dtype=torch.int32).double() * q.scale.double()
-        packed.append(sums.sum(1).float())
+        packed.append(spec.dequantize(q, torch.float64).sum(1).float())
     return packed
 
 

@@ -55,7 +55,7 @@ struct Span {
   const uint8_t* next;  // weight to fetch meanwhile
 };
 
-constexpr int64_t SPAN = 512;       // operands of a channel
+constexpr int64_t SPAN = 512;       // codes
 constexpr int64_t MOST_ROWS = 528;  // in `totals`
 
 template <class E>
@@ -138,7 +138,7 @@ __attribute__((noinline)) void tile(
   // One line with each step of the first tiles, until all of the next span is on its way.
   const int64_t fetched = (row - begin) / R * steps * 64;
   const uint8_t* next = span.next + fetched;
-  const int64_t line = fetched < SPAN * PANEL * E::DEPTH ? 64 : 0;
+  const int64_t line = fetched < SPAN * PANEL ? 64 : 0;
   f32x16 total[R][V] = {};
 
   for (int64_t g = 0; g < groups; g++) {
@@ -257,7 +257,7 @@ void panel_rows(
   if constexpr (grouped(E::FORMAT) || E::DEPTH == 4) {
     all_rows(t, p, panel, {0, all, true, true, totals, nullptr}, begin, end);
   } else {
-    constexpr int64_t LENGTH = SPAN / E::WORDS;
+    constexpr int64_t LENGTH = SPAN / E::STEP;
     for (int64_t s = 0; s < all; s += LENGTH) {
       const int64_t e = s + LENGTH < all ? s + LENGTH : all;
       Span span{s, e, s == 0, e == all, totals, panel.weight + e * 4 * 64};
