@@ -1,0 +1,549 @@
+// y[m, n] = activation(x_scale[m] * w_scale[n] * sum_k x[m, k] w[n, k] + bias[n]) for few rows m: the
+// weight streams once from memory into registers as the left operand of mma, 16 rows of it at a
+// time, and the tokens are the 8 columns of the right operand.
+//
+// The weight lies in memory as the lanes of a warp want it (cuda_stream.py packs it; but see
+// ROW_MAJOR): for 16 output channels ("a tile") and 32 values of k, lane 4 g + t holds k = 8 t .. 8 t + 7 of the rows g and
+// g + 8. Such blocks follow each other along k; after each chunk come the qparams of its groups.
+// So every copy is contiguous, asynchronous and 16 bytes wide, and each warp waits for its own.
+//
+// A block of threads is WARPS_N x WARPS_K warps: the first split the channels, the second k. Sums
+// over WARPS_K are added in a fixed order, so results are the same from run to run.
+//
+// Compile-time parameters, all integers (cuda_stream.py sets them):
+//   BITS of a weight; FLOAT8: whether the 8 bits are e4m3; X_BITS of an activation (16 or 8);
+//   X_HALF: 16-bit activations are float16, not bfloat16; CHUNK: k that share qparams (0: none
+//   inside the stream); ZERO: the qparams have a zero point; X_ZERO: activations have one;
+//   TOKEN_TILES, ROW_TILES, WARPS_N, WARPS_K, STEP (k of a pipeline stage), STAGES;
+//   Y_TYPE, BIAS_TYPE: 0 none, 1 bfloat16, 2 float16, 3 float32; ACTIVATION: 0 none, 1 relu,
+//   2 gelu, 3 gelu_tanh, 4 silu.
+
+typedef unsigned int u32;
+typedef unsigned short u16;
+typedef unsigned long long u64;
+
+constexpr int TOKENS = 8 * TOKEN_TILES;
+constexpr int ROWS = 16 * ROW_TILES * WARPS_N;
+constexpr int GROUP_THREADS = 32 * WARPS_N;  // the warps that share a part of k, and its activations
+constexpr int THREADS = GROUP_THREADS * WARPS_K;
+constexpr bool INTEGER = X_BITS == 8 && !FLOAT8;
+constexpr bool GROUPED = CHUNK != 0;
+
+constexpr int BLOCK_BYTES = 64 * BITS;  // 16 rows, 32 k
+constexpr int QPARAM_BYTES = GROUPED ? (ZERO ? 64 : 32) : 0;
+constexpr int UNIT = GROUPED ? CHUNK : 32;
+constexpr int UNIT_BYTES = UNIT / 32 * BLOCK_BYTES + QPARAM_BYTES;
+
+// Rows in shared memory start 64 (16-bit) or 32 bytes apart modulo 128, so that the eight rows that a
+// warp reads at once meet different banks.
+constexpr int X_ROW = STEP * X_BITS / 8;
+constexpr int X_STRIDE = X_ROW + (X_BITS == 16 ? (X_ROW % 128 == 64 ? 0 : 64) : 32);
+
+// 8-bit products need no unpacking: their weight stays as it is, [n, k], which other kernels share,
+// and is read as the activations are.
+constexpr bool ROW_MAJOR = BITS == 8 && X_BITS == 8;
+constexpr int PIECE_ROW = ROW_MAJOR ? STEP : STEP / UNIT * UNIT_BYTES;  // contiguous in memory
+constexpr int PIECE_STRIDE = ROW_MAJOR ? X_STRIDE : PIECE_ROW;
+constexpr int PIECE_ROWS = ROW_MAJOR ? 16 : 1;  // of them in a tile
+constexpr int STEP_BYTES = PIECE_ROWS * PIECE_STRIDE;
+constexpr int W_BYTES = ROW_TILES * STEP_BYTES;  // of a warp and a stage
+constexpr int X_BYTES = TOKENS * X_STRIDE;
+constexpr int STAGE_BYTES = WARPS_N * W_BYTES + X_BYTES;
+
+struct Arguments {
+  const char* x;  // [m, k], rows of ldx bytes
+  const float* x_scale;
+  const float* x_zero;
+  const char* weight;
+  const float* w_scale;
+  const float* w_sum;
+  const void* bias;
+  void* y;
+  int m, n, k, ldx;
+};
+
+__device__ __forceinline__ u32 shared_address(const void* p) {
+  return static_cast<u32>(__cvta_generic_to_shared(p));
+}
+
+__device__ __forceinline__ void copy_async(u32 to, const char* from, u64 policy) {
+  asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;" ::"r"(to), "l"(from),
+               "l"(policy)
+               : "memory");
+}
+
+__device__ __forceinline__ u64 keep_policy(bool keep) {
+  u64 policy;
+  if (keep)
+    asm("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(policy));
+  else
+    asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
+}
+
+__device__ __forceinline__ void commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+__device__ __forceinline__ void wait_for_oldest() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(STAGES - 2) : "memory");
+}
+
+// The previous kernel of the stream may still run until here; nothing it writes is read before.
+__device__ __forceinline__ void wait_for_previous_kernel() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+  asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+
+__device__ __forceinline__ void group_barrier(int group) {
+  if (WARPS_N == 1)
+    __syncwarp();
+  else
+    asm volatile("bar.sync %0, %1;" ::"r"(group + 1), "n"(GROUP_THREADS) : "memory");
+}
+
+template <int WORDS>
+struct Words {
+  u32 w[WORDS];
+};
+
+template <int WORDS>
+__device__ __forceinline__ Words<WORDS> load_shared(u32 at) {
+  Words<WORDS> v;
+  if constexpr (WORDS == 4)
+    asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v.w[0]), "=r"(v.w[1]), "=r"(v.w[2]), "=r"(v.w[3])
+                 : "r"(at));
+  else if constexpr (WORDS == 2)
+    asm volatile("ld.shared.v2.b32 {%0, %1}, [%2];" : "=r"(v.w[0]), "=r"(v.w[1]) : "r"(at));
+  else
+    asm volatile("ld.shared.b32 %0, [%1];" : "=r"(v.w[0]) : "r"(at));
+  return v;
+}
+
+__device__ __forceinline__ float widen(u16 bits, int type) {  // 1 bfloat16, 2 float16
+  float f;
+  if (type == 2)
+    asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(bits));
+  else
+    f = __uint_as_float(static_cast<u32>(bits) << 16);
+  return f;
+}
+
+__device__ __forceinline__ u16 narrow(float f, int type) {
+  u16 bits;
+  if (type == 2)
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(f));
+  else
+    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(f));
+  return bits;
+}
+
+// a * b + c on pairs of the activations' 16-bit type, rounded once
+__device__ __forceinline__ u32 fma2(u32 a, u32 b, u32 c) {
+  u32 d;
+  if (X_HALF)
+    asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+  else
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+  return d;
+}
+
+constexpr u32 ONE = X_HALF ? 0x3c003c00u : 0x3f803f80u;
+constexpr u32 MINUS_ZERO = 0x80008000u;
+
+// Codes become floats by writing them under an exponent whose last mantissa bit is worth one:
+// 128 + u in bfloat16, 1024 + u in float16. The rest of the arithmetic is exact until the scale.
+constexpr u32 BASE = X_HALF ? 0x64006400u : 0x43004300u;
+
+struct Qparams {
+  u32 scale[2], zero[2];  // of rows g and g + 8, each twice in a word
+};
+
+__device__ __forceinline__ Qparams load_qparams(u32 at, int g) {
+  Qparams q;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    u32 pair;
+    if (ZERO) {
+      asm volatile("ld.shared.b32 %0, [%1];" : "=r"(pair) : "r"(at + 4 * (g + 8 * half)));
+    } else {
+      u16 scale;
+      asm volatile("ld.shared.b16 %0, [%1];" : "=h"(scale) : "r"(at + 2 * (g + 8 * half)));
+      pair = scale;
+    }
+    if (X_HALF) {  // qparams are bfloat16
+      u32 s = narrow(__uint_as_float(pair << 16), 2), z = narrow(__uint_as_float(pair & 0xffff0000u), 2);
+      q.scale[half] = s | s << 16;
+      q.zero[half] = ZERO ? z | z << 16 : MINUS_ZERO;
+    } else {
+      q.scale[half] = __byte_perm(pair, 0, 0x1010);
+      q.zero[half] = ZERO ? __byte_perm(pair, 0, 0x3232) : MINUS_ZERO;
+    }
+  }
+  return q;
+}
+
+// The lane's 16 weights of a block as the left operands of two k16 products: a[s][0..3].
+__device__ __forceinline__ void widen_weights(const Words<BITS / 2>& w, const Qparams& q, u32 (&a)[2][4]) {
+#pragma unroll
+  for (int half = 0; half < 2; ++half)
+#pragma unroll
+    for (int p = 0; p < 4; ++p) {  // the pair k = 2 p, 2 p + 1 of the lane's eight
+      u32& out = a[p / 2][2 * (p % 2) + half];
+      if constexpr (BITS <= 4) {
+        constexpr u32 LOW = BITS == 4 ? 0x000f000fu : 0x00030003u;
+        constexpr u32 MIDDLE = 1u << (BITS - 1);  // base + middle, negative
+        constexpr u32 CENTER = (BASE + (MIDDLE << 16 | MIDDLE)) | MINUS_ZERO;
+        u32 word = BITS == 4 ? w.w[half % (BITS / 2)] >> (4 * p) : w.w[0] >> (2 * p + 8 * half);
+        out = fma2(fma2((word & LOW) | BASE, ONE, CENTER), q.scale[half], q.zero[half]);
+      } else if constexpr (FLOAT8) {
+        // e4m3's exponent and mantissa fit below either type's sign; its bias is repaired by a
+        // product with a power of two, which is exact (subnormals included).
+        constexpr int SHIFT = X_HALF ? 1 : 4;
+        constexpr u32 MANTISSA = X_HALF ? 0x3f803f80u : 0x07f007f0u;
+        constexpr u32 REBIAS = X_HALF ? 0x5c005c00u : 0x7b807b80u;  // 2^8, 2^120
+        u32 word = w.w[2 * half + p / 2] << (p % 2 ? 0 : 8);
+        out = fma2((word & MINUS_ZERO) | ((word >> SHIFT) & MANTISSA), REBIAS, MINUS_ZERO);
+      } else {
+        u32 word = w.w[2 * half + p / 2] >> (p % 2 ? 8 : 0);
+        if constexpr (X_HALF)
+          out = fma2(((word ^ 0x00800080u) & 0x00ff00ffu) | BASE, ONE, 0xe480e480u);  // - 1152
+        else  // 128 + the low seven bits, less 128, or 256 where the sign is set
+          out = fma2((word & 0x00800080u) | BASE, ONE | MINUS_ZERO, (word & 0x007f007fu) | BASE);
+      }
+    }
+}
+
+__device__ __forceinline__ void product16(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
+  if (X_HALF)
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  else
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+__device__ __forceinline__ void product8(int (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
+  asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"
+      : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+__device__ __forceinline__ void product8(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
+  asm("mma.sync.aligned.m16n8k32.row.col.f32.e4m3.e4m3.f32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+template <bool YES, class A, class B>
+struct If {
+  typedef A type;
+};
+template <class A, class B>
+struct If<false, A, B> {
+  typedef B type;
+};
+typedef If<INTEGER && !GROUPED, int, float>::type Sum;
+typedef Sum Sums[ROW_TILES][TOKEN_TILES][4];
+
+// Where a lane's part of the activations of token tile 0 starts, in bytes from the stage's.
+__device__ __forceinline__ u32 x_offset(int lane) { return (lane >> 2) * X_STRIDE + (lane & 3) * X_BITS; }
+
+#if X_BITS == 16
+
+__device__ __forceinline__ void multiply(u32 weights, u32 x, int lane, Sums& sums) {
+  Qparams q[ROW_TILES];
+#pragma unroll
+  for (int block = 0; block < STEP / 32; ++block) {
+    const u32 unit = weights + block / (UNIT / 32) * UNIT_BYTES;
+    u32 a[ROW_TILES][2][4];
+#pragma unroll
+    for (int r = 0; r < ROW_TILES; ++r) {
+      const u32 at = unit + r * STEP_BYTES;
+      if (GROUPED && block % (UNIT / 32) == 0) q[r] = load_qparams(at + UNIT_BYTES - QPARAM_BYTES, lane >> 2);
+      const u32 mine = at + block % (UNIT / 32) * BLOCK_BYTES + lane * (BLOCK_BYTES / 32);
+      widen_weights(load_shared<BITS / 2>(mine), q[r], a[r]);
+    }
+#pragma unroll
+    for (int j = 0; j < TOKEN_TILES; ++j) {
+      const Words<4> b = load_shared<4>(x + x_offset(lane) + j * 8 * X_STRIDE + block * 64);
+#pragma unroll
+      for (int r = 0; r < ROW_TILES; ++r) {
+        product16(sums[r][j], a[r][0], b.w[0], b.w[1]);
+        product16(sums[r][j], a[r][1], b.w[2], b.w[3]);
+      }
+    }
+  }
+}
+
+#else  // X_BITS == 8
+
+__device__ __forceinline__ void load_weights(u32 at, int lane, u32 (&a)[4]) {
+#if BITS == 8
+  const Words<2> upper = load_shared<2>(at + x_offset(lane));
+  const Words<2> lower = load_shared<2>(at + x_offset(lane) + 8 * X_STRIDE);
+  a[0] = upper.w[0], a[2] = upper.w[1], a[1] = lower.w[0], a[3] = lower.w[1];
+#else  // a nibble in the high half of a byte is 16 times its value: no sign to extend
+  const Words<2> w = load_shared<2>(at + lane * 8);
+  a[0] = w.w[0] & 0xf0f0f0f0u, a[2] = (w.w[0] << 4) & 0xf0f0f0f0u;
+  a[1] = w.w[1] & 0xf0f0f0f0u, a[3] = (w.w[1] << 4) & 0xf0f0f0f0u;
+#endif
+}
+
+#if CHUNK == 0
+
+__device__ __forceinline__ void multiply(u32 weights, u32 x, int lane, Sums& sums) {
+#pragma unroll
+  for (int block = 0; block < STEP / 32; ++block) {
+    u32 a[ROW_TILES][4];
+#pragma unroll
+    for (int r = 0; r < ROW_TILES; ++r)
+      load_weights(weights + r * STEP_BYTES + block * 32, lane, a[r]);
+#pragma unroll
+    for (int j = 0; j < TOKEN_TILES; ++j) {
+      const Words<2> b = load_shared<2>(x + x_offset(lane) + j * 8 * X_STRIDE + block * 32);
+#pragma unroll
+      for (int r = 0; r < ROW_TILES; ++r) product8(sums[r][j], a[r], b.w[0], b.w[1]);
+    }
+  }
+}
+
+#else  // integers in groups
+
+// An integer below 2^22 added to 1.5 * 2^23 is the float of that sum, bit for bit: the accumulator
+// starts there, and leaves as a float by one subtraction.
+constexpr int MAGIC = 0x4b400000;
+
+__device__ __forceinline__ void multiply(u32 weights, u32 x, int lane, Sums& sums) {
+  constexpr int BLOCKS = UNIT / 32;
+#pragma unroll
+  for (int chunk = 0; chunk < STEP / UNIT; ++chunk) {
+    u32 a[ROW_TILES][BLOCKS][4];
+    float scale[ROW_TILES][2];
+#pragma unroll
+    for (int r = 0; r < ROW_TILES; ++r) {
+      const u32 at = weights + r * STEP_BYTES + chunk * UNIT_BYTES;
+#pragma unroll
+      for (int block = 0; block < BLOCKS; ++block) load_weights(at + block * BLOCK_BYTES, lane, a[r][block]);
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        u16 s;
+        const u32 row = (lane >> 2) + 8 * half;
+        asm volatile("ld.shared.b16 %0, [%1];" : "=h"(s) : "r"(at + UNIT_BYTES - QPARAM_BYTES + 2 * row));
+        scale[r][half] = widen(s, 1) * 0.0625f;
+      }
+    }
+#pragma unroll
+    for (int j = 0; j < TOKEN_TILES; ++j) {
+      Words<2> b[BLOCKS];
+#pragma unroll
+      for (int block = 0; block < BLOCKS; ++block)
+        b[block] = load_shared<2>(x + x_offset(lane) + j * 8 * X_STRIDE + (chunk * BLOCKS + block) * 32);
+#pragma unroll
+      for (int r = 0; r < ROW_TILES; ++r) {
+        int part[4] = {MAGIC, MAGIC, MAGIC, MAGIC};
+#pragma unroll
+        for (int block = 0; block < BLOCKS; ++block) product8(part, a[r][block], b[block].w[0], b[block].w[1]);
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+          sums[r][j][i] += scale[r][i / 2] * (__int_as_float(part[i]) - __int_as_float(MAGIC));
+      }
+    }
+  }
+}
+
+#endif
+#endif  // X_BITS
+
+__device__ __forceinline__ float activate(float y) {
+  if (ACTIVATION == 1) return y < 0 ? 0.0f : y;
+  if (ACTIVATION == 2) return 0.5f * y * (1.0f + erff(y * 0.7071067811865476f));
+  if (ACTIVATION == 3) return y / (1.0f + expf(-1.5957691216057308f * (y + 0.044715f * y * y * y)));
+  if (ACTIVATION == 4) return y / (1.0f + expf(-y));
+  return y;
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, 1) stream_linear(const Arguments p) {
+  extern __shared__ __align__(128) char memory[];
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int in_group = threadIdx.x % GROUP_THREADS;
+  const int warp_n = warp % WARPS_N, group = warp / WARPS_N;
+  const int steps = p.k / STEP;
+  const int first_tile = (blockIdx.x * WARPS_N + warp_n) * ROW_TILES;
+  const int first_token = blockIdx.y * TOKENS;
+  const int my_steps = (steps - group + WARPS_K - 1) / WARPS_K;
+  const u32 ring = shared_address(memory) + group * (STAGES * STAGE_BYTES);
+  const u64 once = keep_policy(false), again = keep_policy(true);
+
+  // Rows past the last are the last again: computed, never stored.
+  constexpr int PIECES = ROW_TILES * PIECE_ROWS * PIECE_ROW / 16;  // 16 bytes each
+  constexpr int ROUNDS = (PIECES + 31) / 32;
+  const u32 row_bytes = ROW_MAJOR ? p.k : p.k / UNIT * UNIT_BYTES;
+  u32 from[ROUNDS], to[ROUNDS];
+#pragma unroll
+  for (int i = 0; i < ROUNDS; ++i) {
+    const int at = (i * 32 + lane) * 16, row = at / PIECE_ROW, part = at % PIECE_ROW;
+    const int last = ROW_MAJOR ? p.n - 1 : (p.n + 15) / 16 - 1;
+    from[i] = min(first_tile * PIECE_ROWS + row, last) * row_bytes + part;
+    to[i] = row * PIECE_STRIDE + part;
+  }
+  auto fetch_weights = [&](int i) {
+    const u32 stage = ring + i % STAGES * STAGE_BYTES + warp_n * W_BYTES;
+    const char* base = p.weight + static_cast<u64>(group + i * WARPS_K) * PIECE_ROW;
+#pragma unroll
+    for (int round = 0; round < ROUNDS; ++round)
+      if (round * 32 + lane < PIECES) copy_async(stage + to[round], base + from[round], once);
+  };
+  // Tokens past the last are left as they are: each stays in its own column, which is not stored.
+  const int tokens = min(TOKENS, p.m - first_token);
+  auto fetch_x = [&](int i, bool async) {
+    constexpr int PER_ROW = X_ROW / 16;
+    const u32 to = ring + i % STAGES * STAGE_BYTES + WARPS_N * W_BYTES;
+    const char* base = p.x + static_cast<u64>(first_token) * p.ldx + (group + i * WARPS_K) * X_ROW;
+#pragma unroll
+    for (int piece = 0; piece < (TOKENS * PER_ROW + GROUP_THREADS - 1) / GROUP_THREADS; ++piece) {
+      const int at = piece * GROUP_THREADS + in_group, token = at / PER_ROW, part = at % PER_ROW * 16;
+      if (token >= tokens) continue;
+      const char* source = base + static_cast<u64>(token) * p.ldx + part;
+      const u32 target = to + token * X_STRIDE + part;
+      if (async) {
+        copy_async(target, source, again);
+      } else {
+        const uint4 v = *reinterpret_cast<const uint4*>(source);
+        asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(target), "r"(v.x), "r"(v.y),
+                     "r"(v.z), "r"(v.w));
+      }
+    }
+  };
+
+  // The weight is nobody's output: its first stages are on their way before x exists.
+#pragma unroll
+  for (int i = 0; i < STAGES - 1; ++i) {
+    if (i < my_steps) fetch_weights(i);
+    commit();
+  }
+  wait_for_previous_kernel();
+#pragma unroll
+  for (int i = 0; i < STAGES - 1; ++i)
+    if (i < my_steps) fetch_x(i, false);
+
+  Sums sums = {};
+  for (int i = 0; i < my_steps; ++i) {
+    wait_for_oldest();
+    group_barrier(group);  // and everybody is done with the stage that is filled next
+    if (i + STAGES - 1 < my_steps) {
+      fetch_weights(i + STAGES - 1);
+      fetch_x(i + STAGES - 1, true);
+    }
+    commit();
+    const u32 stage = ring + i % STAGES * STAGE_BYTES;
+    const u32 weights = stage + warp_n * W_BYTES, x = stage + WARPS_N * W_BYTES;
+    multiply(weights, x, lane, sums);
+  }
+
+  // Partial sums meet in shared memory as [group][token][row].
+  constexpr int PITCH = ROWS + 4;
+  Sum* parts = reinterpret_cast<Sum*>(memory);
+  __syncthreads();
+#pragma unroll
+  for (int r = 0; r < ROW_TILES; ++r)
+#pragma unroll
+    for (int j = 0; j < TOKEN_TILES; ++j)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int token = 8 * j + 2 * (lane % 4) + i % 2;
+        const int row = (warp_n * ROW_TILES + r) * 16 + lane / 4 + 8 * (i / 2);
+        parts[(group * TOKENS + token) * PITCH + row] = sums[r][j][i];
+      }
+  __syncthreads();
+  for (int at = threadIdx.x; at < tokens * ROWS; at += THREADS) {
+    const int token = at / ROWS, row = at % ROWS, n = blockIdx.x * ROWS + row, m = first_token + token;
+    if (n >= p.n) continue;
+    Sum sum = parts[token * PITCH + row];
+#pragma unroll
+    for (int g = 1; g < WARPS_K; ++g) sum += parts[(g * TOKENS + token) * PITCH + row];
+    float y = static_cast<float>(sum);
+    if (X_ZERO) y -= p.x_zero[m] * p.w_sum[n];
+    if (X_BITS == 8) y *= p.x_scale[m];
+    if (!GROUPED) y *= p.w_scale[n];
+    if (BIAS_TYPE == 3) y += static_cast<const float*>(p.bias)[n];
+    if (BIAS_TYPE == 1 || BIAS_TYPE == 2) y += widen(static_cast<const u16*>(p.bias)[n], BIAS_TYPE);
+    y = activate(y);
+    const u64 to = static_cast<u64>(m) * p.n + n;
+    if (Y_TYPE == 3)
+      static_cast<float*>(p.y)[to] = y;
+    else
+      static_cast<u16*>(p.y)[to] = narrow(y, Y_TYPE);
+  }
+}
+
+// The weight itself, [rows, k] in the activations' type, for products that are worth a library's
+// kernel: channels first_tile * 16 onwards, one warp for each tile and UNIT of k.
+
+struct Unpacked {
+  const char* weight;
+  const float* w_scale;
+  u16* out;
+  int n, k, first_tile, tiles;
+};
+
+__device__ __forceinline__ float weight_at(const Words<BITS / 2>& w, int half, int kk) {
+#if BITS == 8
+  const int byte = kk % 4 == 1 ? 2 : kk % 4 == 2 ? 1 : kk % 4;
+  const u32 code = w.w[2 * half + kk / 4] >> (8 * byte) & 0xff;
+#if FLOAT8
+  u32 pair;
+  asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(pair) : "h"(static_cast<u16>(code)));
+  return widen(static_cast<u16>(pair), 2);
+#else
+  return static_cast<float>(static_cast<signed char>(code));
+#endif
+#elif BITS == 4
+  const int nibble = X_BITS == 16 ? kk % 2 * 4 + kk / 2 : kk < 4 ? 2 * kk + 1 : 2 * (kk - 4);
+  const int code = w.w[half] >> (4 * nibble) & 0xf;
+  return static_cast<float>(X_BITS == 16 ? code - 8 : (code ^ 8) - 8);
+#else
+  return static_cast<float>(static_cast<int>(w.w[0] >> (2 * (half * 4 + kk / 2 + kk % 2 * 8)) & 3) - 2);
+#endif
+}
+
+extern "C" __global__ void __launch_bounds__(256) stream_dequantize(const Unpacked p) {
+  const int lane = threadIdx.x % 32, units = p.k / UNIT;
+  const int job = blockIdx.x * 8 + threadIdx.x / 32;
+  if (job >= p.tiles * units) return;
+  const int tile = job / units, unit = job % units;
+  const char* from = p.weight + (static_cast<u64>(p.first_tile + tile) * units + unit) * UNIT_BYTES;
+  float scale[2], zero[2] = {0, 0};
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int row = lane / 4 + 8 * half;
+    const u16* qparams = reinterpret_cast<const u16*>(from + UNIT_BYTES - QPARAM_BYTES);
+    scale[half] = GROUPED ? widen(qparams[ZERO ? 2 * row : row], 1)
+                          : p.w_scale[min((p.first_tile + tile) * 16 + row, p.n - 1)];
+    if (ZERO) zero[half] = widen(qparams[2 * row + 1], 1);
+  }
+#pragma unroll
+  for (int block = 0; block < UNIT / 32; ++block) {
+    Words<BITS / 2> w;
+    const u32* words = reinterpret_cast<const u32*>(from + block * BLOCK_BYTES) + lane * (BITS / 2);
+#pragma unroll
+    for (int i = 0; i < BITS / 2; ++i) w.w[i] = __ldg(words + i);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      u32 pairs[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const u32 low = narrow(weight_at(w, half, 2 * i) * scale[half] + zero[half], Y_TYPE);
+        const u32 high = narrow(weight_at(w, half, 2 * i + 1) * scale[half] + zero[half], Y_TYPE);
+        pairs[i] = low | high << 16;
+      }
+      const int row = tile * 16 + lane / 4 + 8 * half;
+      if (p.first_tile * 16 + row >= p.n) continue;
+      u16* to = p.out + static_cast<u64>(row) * p.k + unit * UNIT + block * 32 + lane % 4 * 8;
+      *reinterpret_cast<uint4*>(to) = make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
+    }
+  }
+}

@@ -1,0 +1,300 @@
+"""CUDA C++: every scheme's linear at few rows, the weight streamed once (``cuda/stream.cu``).
+
+One layout for all formats: tiles of 16 output channels; in a tile, blocks of 32 values of k as the
+lanes of a warp hold them for ``mma``; after each chunk of k its scales (and zero points). A tile
+is one contiguous stream of bytes. ``cuda_prefill`` computes many rows from the same layout.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from functools import lru_cache, reduce
+from operator import or_
+from typing import NamedTuple
+
+import sympy
+import torch
+import torch.nn.functional as F
+
+from ..affine import code_range, pack_codes, storage_dtype, unpack_codes
+from ..scheme import Quantized, Scheme, get_scheme
+from . import nvrtc
+from .devices import device_row
+from .kernel import (
+    Layout,
+    Need,
+    Problem,
+    activations_in,
+    has_feature,
+    kernel,
+    multiple_of,
+)
+from .triton_launch import EPILOGUES, LIBRARY, estimate, input_is, k_at_most, weight_is
+from .tuning import tuned_shape
+
+TILE = 16
+"""Output channels of a tile: the rows of one mma."""
+
+BLOCK = 32
+"""Values of k that a warp takes at once: eight of a lane for each of two rows."""
+
+CODE = {torch.bfloat16: 1, torch.float16: 2, torch.float32: 3}
+ACTIVATION = {"": 0, "relu": 1, "gelu": 2, "gelu_tanh": 3, "silu": 4}
+
+SHARED_LIMIT = 227 * 1024
+"""Bytes of shared memory that one block may use on Hopper."""
+
+
+class Format(NamedTuple):
+    """What the kernel is compiled for: the names are the constants in ``stream.cu``."""
+
+    bits: int
+    float8: bool
+    x_bits: int
+    chunk: int
+    zero: bool
+    x_zero: bool
+
+    @property
+    def row_major(self) -> bool:
+        """The weight stays [n, k]: 8-bit products need no unpacking."""
+        return self.bits == self.x_bits == 8
+
+    @property
+    def unit(self) -> int:
+        """Values of k in one repetition of a tile's stream."""
+        return self.chunk or BLOCK
+
+    @property
+    def unit_bytes(self) -> int:
+        qparams = (64 if self.zero else 32) if self.chunk else 0
+        return self.unit * TILE * self.bits // 8 + qparams
+
+
+@lru_cache
+def format_of(scheme: Scheme) -> Format:
+    weight, x = scheme.weight, scheme.input
+    return Format(
+        bits=weight.bits,
+        float8=weight.dtype.is_floating_point,
+        x_bits=16 if x is None else 8,
+        chunk=min(weight.group_size or 0, 128),
+        zero=weight.zero_point_domain != "none",
+        x_zero=x is not None and x.zero_point_domain != "none",
+    )
+
+
+_EIGHT = [0, 2, 1, 3, 4, 6, 5, 7]
+SLOTS: dict[tuple[int, int], list[int]] = {
+    # (bits of a weight, of an activation): which of a lane's 2 x 8 weights (row * 8 + k) lies where,
+    # from the lowest bit up. 16-bit products take pairs out of the two halves of a word; 8-bit ones
+    # take bytes, 4-bit codes from their high halves first.
+    (8, 16): [row + k for row in (0, 8) for k in _EIGHT],
+    (4, 16): [row + k for row in (0, 8) for k in (0, 2, 4, 6, 1, 3, 5, 7)],
+    (4, 8): [row + k for row in (0, 8) for k in (4, 0, 5, 1, 6, 2, 7, 3)],
+    (2, 16): [row + k + odd for odd in (0, 1) for row in (0, 8) for k in (0, 2, 4, 6)],
+}
+
+
+SLAB = 1 << 26
+"""Codes that are packed at once: the scratch memory is a few bytes for each."""
+
+
+def pack(scheme: Scheme, q: Quantized) -> list[torch.Tensor]:
+    """The stream uint8 [ceil(n / 16), k / unit, unit_bytes]; per channel the scale float32 [n]; for
+    activations with a zero point each row's sum of weights float32 [n]."""
+    form, n = format_of(scheme), q.codes.shape[0]
+    k = q.codes.shape[1] * 8 // form.bits
+    rows = max(SLAB // k // TILE, 1) * TILE
+    slabs = [
+        Quantized(*(None if t is None else t[first : first + rows] for t in q))
+        for first in range(0, n, rows)
+    ]
+    stream = torch.cat([_stream(scheme, slab, k) for slab in slabs])
+    if not form.chunk:
+        return [stream, q.scale.float().reshape(-1)]
+    if not form.x_zero:
+        return [stream]
+    sums = [scheme.weight.dequantize(slab, torch.float32).sum(1) for slab in slabs]
+    return [stream, torch.cat(sums)]
+
+
+def _stream(scheme: Scheme, q: Quantized, k: int) -> torch.Tensor:
+    form, codes = format_of(scheme), _unsigned(scheme, q.codes)
+    missing = -codes.shape[0] % TILE
+    tiles = -(-codes.shape[0] // TILE)
+    codes = F.pad(codes, (0, 0, 0, missing))
+    # [tile, row // 8, row % 8, block, lane % 4, k % 8] -> the 16 codes of each lane
+    lanes = codes.view(tiles, 2, 8, k // BLOCK, 4, 8).permute(0, 3, 2, 4, 1, 5).reshape(-1, 16)
+    slots = lanes[:, SLOTS[form.bits, form.x_bits]].view(-1, form.bits * 2, 8 // form.bits)
+    parts = [slots[:, :, i] << (form.bits * i) for i in range(slots.shape[2])]
+    data = reduce(or_, parts).view(tiles, k // form.unit, -1)
+    if not form.chunk:
+        return data
+    qparams = torch.stack([t for t in (q.scale, q.zero) if t is not None], -1)
+    qparams = F.pad(qparams, (0, 0, 0, 0, 0, missing))
+    qparams = qparams.repeat_interleave(scheme.weight.group_size // form.chunk, 1)
+    qparams = qparams.view(tiles, TILE, k // form.chunk, -1).transpose(1, 2).contiguous()
+    return torch.cat([data, qparams.view(torch.uint8).view(tiles, k // form.chunk, -1)], -1)
+
+
+def unpack(scheme: Scheme, packed: Sequence[torch.Tensor], n: int, k: int) -> Quantized:
+    form, stream = format_of(scheme), packed[0]
+    tiles, units = stream.shape[:2]
+    code_bytes = form.unit * TILE * form.bits // 8
+    data, tail = stream.split([code_bytes, stream.shape[2] - code_bytes], -1)
+    mask = (1 << form.bits) - 1
+    parts = [(data >> (form.bits * i)) & mask for i in range(8 // form.bits)]
+    order = SLOTS[form.bits, form.x_bits]
+    place = [order.index(i) for i in range(16)]
+    lanes = torch.stack(parts, -1).reshape(-1, 16)[:, place].view(tiles, k // BLOCK, 8, 4, 2, 8)
+    codes = lanes.permute(0, 4, 2, 1, 3, 5).reshape(tiles * TILE, k)[:n]
+    if not form.chunk:
+        scale = packed[1].view(n, 1).to(scheme.weight.scale_dtype)
+        return Quantized(_canonical(scheme, codes), scale, None)
+    qparams = tail.contiguous().view(scheme.weight.scale_dtype).view(tiles, units, TILE, -1)
+    qparams = qparams.transpose(1, 2).reshape(tiles * TILE, units, -1)[:n]
+    qparams = qparams[:, :: scheme.weight.group_size // form.chunk]
+    scale, *zero = (t.contiguous() for t in qparams.unbind(-1))
+    return Quantized(_canonical(scheme, codes), scale, zero[0] if zero else None)
+
+
+def _unsigned(scheme: Scheme, codes: torch.Tensor) -> torch.Tensor:
+    """One uint8 for each code: what the kernel finds in the stream. 4-bit and 2-bit codes count from
+    the lowest for 16-bit activations; all others keep their bits."""
+    dtype, form = scheme.weight.dtype, format_of(scheme)
+    if form.bits == 8:
+        return codes.view(torch.uint8)
+    low = code_range(dtype)[0] if form.x_bits == 16 else 0
+    return ((unpack_codes(codes, dtype) - low) & ((1 << form.bits) - 1)).to(torch.uint8)
+
+
+def _canonical(scheme: Scheme, u: torch.Tensor) -> torch.Tensor:
+    dtype, form = scheme.weight.dtype, format_of(scheme)
+    if form.bits == 8:
+        return u.contiguous().view(scheme.weight.codes_dtype)
+    low, high = code_range(dtype)
+    codes = u.to(torch.int16) + (low if form.x_bits == 16 else 0)
+    codes = torch.where(codes > high, codes - (1 << form.bits), codes)
+    return pack_codes(codes.to(storage_dtype(dtype)), dtype)
+
+
+STREAM = Layout(name="stream", pack=pack, unpack=unpack)
+
+
+class Shape(NamedTuple):
+    """How a block of threads is cut: the names are the constants in ``stream.cu``."""
+
+    warps_n: int
+    warps_k: int
+    row_tiles: int
+    token_tiles: int
+    step: int
+    stages: int
+
+    @property
+    def threads(self) -> int:
+        return 32 * self.warps_n * self.warps_k
+
+    @property
+    def rows(self) -> int:
+        return TILE * self.row_tiles * self.warps_n
+
+    def shared(self, form: Format) -> int:
+        """Bytes of shared memory: the pipeline, or the partial sums that follow it."""
+        row = self.step * form.x_bits // 8
+        stride = row + (32 if form.x_bits == 8 else 0 if row % 128 == 64 else 64)
+        tile = TILE * stride if form.row_major else self.step // form.unit * form.unit_bytes
+        stage = self.warps_n * self.row_tiles * tile + 8 * self.token_tiles * stride
+        sums = self.warps_k * 8 * self.token_tiles * (self.rows + 4) * 4
+        return max(self.warps_k * self.stages * stage, sums)
+
+
+def shape_for(form: Format, n: int, k: int, rows: int) -> Shape:
+    """The cut for this many rows, where no measured table has one."""
+    tokens = min(-(-rows // 8), 8)
+    step = next(s for s in (128, 64, 32) if k % s == 0 and s >= form.unit)
+    if tokens <= 2:
+        return Shape(1, 8, 2, tokens, step, 4)
+    return Shape(4, 2, 2, tokens, step, 3)
+
+
+def defines(form: Format, shape: Shape, **rest: int) -> tuple[tuple[str, int], ...]:
+    values = {**form._asdict(), **shape._asdict(), **rest}
+    return tuple((name.upper(), int(value)) for name, value in values.items())
+
+
+def launch(
+    form: Format,
+    shape: Shape,
+    x: torch.Tensor,
+    x_scale: torch.Tensor | None,
+    x_zero: torch.Tensor | None,
+    stream: torch.Tensor,
+    w_scale: torch.Tensor | None,
+    w_sum: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    n: int,
+    epilogue: str,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """y[m, n] of x[m, k]; see ``stream_linear``."""
+    m, k = x.shape
+    y = x.new_empty(m, n, dtype=dtype)
+    constants = defines(
+        form,
+        shape,
+        x_half=x.dtype == torch.float16,
+        y_type=CODE[dtype],
+        bias_type=0 if bias is None else CODE[bias.dtype],
+        activation=ACTIVATION[epilogue],
+    )
+    device = x.device.index
+    shared = shape.shared(form)
+    call = nvrtc.function(
+        "stream.cu", "stream_linear", constants, shape.threads, shared, device, True
+    )
+    pointers = (x, x_scale, x_zero, stream, w_scale, w_sum, bias, y)
+    addresses = (0 if t is None else t.data_ptr() for t in pointers)
+    arguments = struct.pack("<8Q4i", *addresses, m, n, k, k * x.element_size())
+    with torch.cuda.device(device):
+        call.launch((-(-n // shape.rows), -(-m // (8 * shape.token_tiles)), 1), arguments)
+    return y
+
+
+def _fake(x, x_scale, x_zero, packed, bias, scheme, epilogue, n, dtype):
+    return x.new_empty(x.shape[0], n, dtype=dtype)
+
+
+LIBRARY.define(
+    "stream_linear(Tensor x, Tensor? x_scale, Tensor? x_zero, Tensor[] packed, Tensor? bias,"
+    " str scheme, str epilogue, int n, ScalarType dtype) -> Tensor"
+)
+torch.library.register_fake("fxquant::stream_linear", _fake, lib=LIBRARY)
+
+
+def aligned(x: torch.Tensor) -> torch.Tensor:
+    """``x`` contiguous at a 16-byte address: copies are 16 bytes wide."""
+    x = x.contiguous()
+    return x if x.data_ptr() % 16 == 0 else x.clone()
+
+
+@torch.library.impl("fxquant::stream_linear", "CUDA", lib=LIBRARY)
+def stream_linear(x, x_scale, x_zero, packed, bias, scheme, epilogue, n, dtype):
+    """x[m, k] (16-bit float, int8 or float8) times the packed weight; y[m, n] in ``dtype``."""
+    if x.shape[0] == 0:
+        return x.new_empty(0, n, dtype=dtype)
+    row = get_scheme(scheme)
+    form, (m, k) = format_of(row), x.shape
+    found = tuned_shape(device_row(x.device).name, row.name, n, k, m)
+    shape = Shape(*found) if found else shape_for(form, n, k, m)
+    w_scale = None if form.chunk else packed[1]
+    w_sum = packed[1] if form.x_zero else None
+    scale, zero = (
+        None if t is None else t.float().expand(m, 1).contiguous() for t in (x_scale, x_zero)
+    )
+    bias = None if bias is None else bias.contiguous()
+    return launch(
+        form, shape, aligned(x), scale, zero, packed[0], w_scale, w_sum, bias, n, epilogue, dtype
+    )
