@@ -12,7 +12,7 @@ import struct
 import torch
 
 from . import nvrtc
-from .cuda_stream import CODE, TILE, Format, Shape, defines
+from .cuda_stream import CODE, TILE, Format, Shape, defines, source
 
 SLAB_BYTES = 1 << 25
 THREADS = 256
@@ -33,8 +33,8 @@ def dequantize_tiles(
     constants = defines(
         form, shape, x_half=out.dtype == torch.float16, y_type=CODE[out.dtype], bias_type=0, activation=0
     )
-    device = out.device.index
-    call = nvrtc.function("stream.cu", "stream_dequantize", constants, THREADS, 0, device, False)
+    text, device = source(form, shape, False), out.device.index
+    call = nvrtc.function(text, "stream_dequantize", constants, THREADS, 0, device, False)
     tiles = -(-out.shape[0] // TILE)
     scale = 0 if w_scale is None else w_scale.data_ptr()
     arguments = struct.pack("<3Q4i", stream.data_ptr(), scale, out.data_ptr(), n, k, first, tiles)

@@ -11,6 +11,7 @@ import struct
 from collections.abc import Sequence
 from functools import lru_cache, reduce
 from operator import or_
+from pathlib import Path
 from typing import NamedTuple
 
 import sympy
@@ -37,10 +38,13 @@ TILE = 16
 """Output channels of a tile: the rows of one mma."""
 
 BLOCK = 32
-"""Values of k that a warp takes at once: eight of a lane for each of two rows."""
+"""Values of k that a warp takes at once: eight of each lane, for each of two rows."""
 
 CODE = {torch.bfloat16: 1, torch.float16: 2, torch.float32: 3}
 ACTIVATION = {"": 0, "relu": 1, "gelu": 2, "gelu_tanh": 3, "silu": 4}
+
+STREAM_SOURCE = Path(__file__).parent / "cuda" / "stream.cu"
+LOW_MASK = {4: 0x000F000F, 2: 0x00030003}
 
 SHARED_LIMIT = 227 * 1024
 """Bytes of shared memory that one block may use on Hopper."""
@@ -85,6 +89,9 @@ def format_of(scheme: Scheme) -> Format:
     )
 
 
+COLUMNS = {16: (4, 2), 8: (2, 4)}
+"""Bits of an activation -> (columns of a block of 32 k, values of k that a lane holds in each)."""
+
 _EIGHT = [0, 2, 1, 3, 4, 6, 5, 7]
 SLOTS: dict[tuple[int, int], list[int]] = {
     # (bits of a weight, of an activation): which of a lane's 2 x 8 weights (row * 8 + k) lies where,
@@ -125,8 +132,9 @@ def _stream(scheme: Scheme, q: Quantized, k: int) -> torch.Tensor:
     missing = -codes.shape[0] % TILE
     tiles = -(-codes.shape[0] // TILE)
     codes = F.pad(codes, (0, 0, 0, missing))
-    # [tile, row // 8, row % 8, block, lane % 4, k % 8] -> the 16 codes of each lane
-    lanes = codes.view(tiles, 2, 8, k // BLOCK, 4, 8).permute(0, 3, 2, 4, 1, 5).reshape(-1, 16)
+    columns, width = COLUMNS[form.x_bits]
+    fragments = codes.view(tiles, 2, 8, k // BLOCK, columns, 4, width)
+    lanes = fragments.permute(0, 3, 2, 5, 1, 4, 6).reshape(-1, 16)
     slots = lanes[:, SLOTS[form.bits, form.x_bits]].view(-1, form.bits * 2, 8 // form.bits)
     parts = [slots[:, :, i] << (form.bits * i) for i in range(slots.shape[2])]
     data = reduce(or_, parts).view(tiles, k // form.unit, -1)
@@ -148,8 +156,10 @@ def unpack(scheme: Scheme, packed: Sequence[torch.Tensor], n: int, k: int) -> Qu
     parts = [(data >> (form.bits * i)) & mask for i in range(8 // form.bits)]
     order = SLOTS[form.bits, form.x_bits]
     place = [order.index(i) for i in range(16)]
-    lanes = torch.stack(parts, -1).reshape(-1, 16)[:, place].view(tiles, k // BLOCK, 8, 4, 2, 8)
-    codes = lanes.permute(0, 4, 2, 1, 3, 5).reshape(tiles * TILE, k)[:n]
+    columns, width = COLUMNS[form.x_bits]
+    lanes = torch.stack(parts, -1).reshape(-1, 16)[:, place]
+    fragments = lanes.view(tiles, k // BLOCK, 8, 4, 2, columns, width)
+    codes = fragments.permute(0, 4, 2, 1, 5, 3, 6).reshape(tiles * TILE, k)[:n]
     if not form.chunk:
         scale = packed[1].view(n, 1).to(scheme.weight.scale_dtype)
         return Quantized(_canonical(scheme, codes), scale, None)
@@ -189,9 +199,10 @@ class Shape(NamedTuple):
     warps_n: int
     warps_k: int
     row_tiles: int
-    token_tiles: int
+    tokens: int
     step: int
     stages: int
+    warpgroup: int = 0
 
     @property
     def threads(self) -> int:
@@ -204,25 +215,65 @@ class Shape(NamedTuple):
     def shared(self, form: Format) -> int:
         """Bytes of shared memory: the pipeline, or the partial sums that follow it."""
         row = self.step * form.x_bits // 8
-        stride = row + (32 if form.x_bits == 8 else 0 if row % 128 == 64 else 64)
-        tile = TILE * stride if form.row_major else self.step // form.unit * form.unit_bytes
-        stage = self.warps_n * self.row_tiles * tile + 8 * self.token_tiles * stride
-        sums = self.warps_k * 8 * self.token_tiles * (self.rows + 4) * 4
+        tile = TILE * (row + 16) if form.row_major else self.step // form.unit * form.unit_bytes
+        stage = self.warps_n * self.row_tiles * tile
+        stage += self.tokens * (row if self.warpgroup else row + 16)
+        if self.warpgroup:
+            stage = -(-stage // 1024) * 1024
+        sums = self.warps_k * max(self.tokens, 8) * (self.rows + 4) * 4
         return max(self.warps_k * self.stages * stage, sums)
+
+    def fits(self, form: Format, k: int) -> bool:
+        """Whether the kernel can be cut like this."""
+        whole = k % self.step == 0 and self.step % form.unit == 0
+        if self.warpgroup:
+            swizzled = self.step * form.x_bits // 8 % 128 == 0 and self.tokens % 8 == 0
+            whole = whole and swizzled and self.warps_n % 4 == 0 and not (form.row_major and form.float8)
+        return whole and self.threads <= 1024 and self.shared(form) <= SHARED_LIMIT
+
+
+def warpgroup_product(form: Format, tokens: int, half: bool) -> str:
+    """The C++ function for ``wgmma`` with the left operand in registers and ``tokens`` columns."""
+    if form.x_bits == 16:
+        kind, depth, c, tail = "f16" if half else "bf16", 16, "float", ", 1, 1, 0"
+        types = f"f32.{kind}.{kind}"
+    else:
+        depth, c, tail, types = 32, "int", "", "s32.s8.s8"
+    count = tokens // 2
+    sums = ",".join(f"%{i}" for i in range(count))
+    left = ",".join(f"%{count + i}" for i in range(4))
+    letter = "f" if c == "float" else "r"
+    outputs = ", ".join(f'"+{letter}"(d[{i // 4}][{i % 4}])' for i in range(count))
+    return (
+        f"__device__ __forceinline__ void product64({c} (&d)[{tokens // 8}][4],"
+        " const unsigned (&a)[4], unsigned long long b, int keep) {\n"
+        f'  asm volatile("{{ .reg .pred p; setp.ne.b32 p, %{count + 5}, 0;'
+        f" wgmma.mma_async.sync.aligned.m64n{tokens}k{depth}.{types}"
+        f' {{{sums}}}, {{{left}}}, %{count + 4}, p{tail}; }}"\n'
+        f'  : {outputs} : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(keep));\n}}\n'
+    )
 
 
 def shape_for(form: Format, n: int, k: int, rows: int) -> Shape:
     """The cut for this many rows, where no measured table has one."""
-    tokens = min(-(-rows // 8), 8)
     step = next(s for s in (128, 64, 32) if k % s == 0 and s >= form.unit)
-    if tokens <= 2:
-        return Shape(1, 8, 2, tokens, step, 4)
-    return Shape(4, 2, 2, tokens, step, 3)
+    if rows == 1:
+        return Shape(1, 4, 2, 1, step, 4)
+    tokens = min(-(-rows // 8) * 8, 64)
+    if tokens <= 16:
+        return Shape(4, 2, 2, tokens, step, 4)
+    return Shape(4, 1, 2, tokens, step, 3)
 
 
 def defines(form: Format, shape: Shape, **rest: int) -> tuple[tuple[str, int], ...]:
     values = {**form._asdict(), **shape._asdict(), **rest}
     return tuple((name.upper(), int(value)) for name, value in values.items())
+
+
+def source(form: Format, shape: Shape, half: bool) -> str:
+    """``stream.cu``, after the one function that depends on the number of tokens."""
+    head = warpgroup_product(form, shape.tokens, half) if shape.warpgroup else ""
+    return head + STREAM_SOURCE.read_text()
 
 
 def launch(
@@ -242,24 +293,25 @@ def launch(
     """y[m, n] of x[m, k]; see ``stream_linear``."""
     m, k = x.shape
     y = x.new_empty(m, n, dtype=dtype)
+    half = x.dtype == torch.float16
     constants = defines(
         form,
         shape,
-        x_half=x.dtype == torch.float16,
+        x_half=half,
         y_type=CODE[dtype],
         bias_type=0 if bias is None else CODE[bias.dtype],
         activation=ACTIVATION[epilogue],
     )
     device = x.device.index
     shared = shape.shared(form)
-    call = nvrtc.function(
-        "stream.cu", "stream_linear", constants, shape.threads, shared, device, True
-    )
+    text = source(form, shape, half)
+    call = nvrtc.function(text, "stream_linear", constants, shape.threads, shared, device, True)
     pointers = (x, x_scale, x_zero, stream, w_scale, w_sum, bias, y)
     addresses = (0 if t is None else t.data_ptr() for t in pointers)
-    arguments = struct.pack("<8Q4i", *addresses, m, n, k, k * x.element_size())
+    mask = LOW_MASK.get(form.bits, 0)
+    arguments = struct.pack("<8Q4iIi", *addresses, m, n, k, k * x.element_size(), mask, 0)
     with torch.cuda.device(device):
-        call.launch((-(-n // shape.rows), -(-m // (8 * shape.token_tiles)), 1), arguments)
+        call.launch((-(-n // shape.rows), -(-m // shape.tokens), 1), arguments)
     return y
 
 

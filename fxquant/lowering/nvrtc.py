@@ -13,15 +13,12 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..errors import BuildFailed
 from .native import cache_dir
-
-SOURCES = Path(__file__).parent / "cuda"
 
 
 @lru_cache
@@ -51,10 +48,10 @@ def _checked(result: tuple, what: str) -> Any:
     return values[0] if len(values) == 1 else values
 
 
-def compile_source(name: str, defines: Mapping[str, int], arch: str) -> bytes:
-    """The machine code of ``cuda/<name>`` for ``arch`` ("sm_90a"). Raises BuildFailed with the log."""
+def compile_source(text: str, defines: Mapping[str, int], arch: str) -> bytes:
+    """The machine code of ``text`` for ``arch`` ("sm_90a"). Raises BuildFailed with the log."""
     _, nvrtc = bindings()
-    source = (SOURCES / name).read_bytes()
+    source = text.encode()
     options = [f"--gpu-architecture={arch}", "-std=c++17", "-w"]
     options += [f"-D{key}={int(value)}" for key, value in defines.items()]
     version = _checked(nvrtc.nvrtcVersion(), "version")
@@ -62,13 +59,13 @@ def compile_source(name: str, defines: Mapping[str, int], arch: str) -> bytes:
     path = cache_dir() / f"{digest}.cubin"
     if path.is_file():
         return path.read_bytes()
-    program = _checked(nvrtc.nvrtcCreateProgram(source, name.encode(), 0, [], []), "create")
+    program = _checked(nvrtc.nvrtcCreateProgram(source, b"fxquant.cu", 0, [], []), "create")
     encoded = [option.encode() for option in options]
     (code,) = nvrtc.nvrtcCompileProgram(program, len(encoded), encoded)
     if int(code) != 0:
         log = b" " * _checked(nvrtc.nvrtcGetProgramLogSize(program), "log")
         nvrtc.nvrtcGetProgramLog(program, log)
-        raise BuildFailed(compiler="NVRTC", output=f"{name} {dict(defines)}: {log.decode()[:2000]}")
+        raise BuildFailed(compiler="NVRTC", output=f"{dict(defines)}: {log.decode()[:2000]}")
     binary = b" " * _checked(nvrtc.nvrtcGetCUBINSize(program), "size")
     _checked(nvrtc.nvrtcGetCUBIN(program, binary), "cubin")
     nvrtc.nvrtcDestroyProgram(program)
@@ -122,7 +119,7 @@ def _overlap() -> Any:
 
 @lru_cache
 def function(
-    name: str,
+    text: str,
     entry: str,
     defines: tuple[tuple[str, int], ...],
     threads: int,
@@ -130,14 +127,14 @@ def function(
     device: int,
     overlap: bool,
 ) -> Function:
-    """The kernel ``entry`` of ``cuda/<name>`` with these constants, on the device of that index.
+    """The kernel ``entry`` of the source ``text`` with these constants, on the device of that index.
 
     overlap: the kernel waits for its predecessor by itself (``griddepcontrol.wait``).
     """
     driver, _ = bindings()
     major, minor = torch.cuda.get_device_capability(device)
     arch = f"sm_{major}{minor}" + ("a" if major >= 9 else "")
-    binary = compile_source(name, dict(defines), arch)
+    binary = compile_source(text, dict(defines), arch)
     library = _checked(driver.cuLibraryLoadData(binary, [], [], 0, [], [], 0), "load")
     kernel = _checked(driver.cuLibraryGetKernel(library, entry.encode()), entry)
     attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES

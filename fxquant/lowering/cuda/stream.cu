@@ -3,9 +3,10 @@
 // time, and the tokens are the 8 columns of the right operand.
 //
 // The weight lies in memory as the lanes of a warp want it (cuda_stream.py packs it; but see
-// ROW_MAJOR): for 16 output channels ("a tile") and 32 values of k, lane 4 g + t holds k = 8 t .. 8 t + 7 of the rows g and
-// g + 8. Such blocks follow each other along k; after each chunk come the qparams of its groups.
-// So every copy is contiguous, asynchronous and 16 bytes wide, and each warp waits for its own.
+// ROW_MAJOR): for 16 output channels ("a tile") and 32 values of k, lane 4 g + t holds of the rows g
+// and g + 8 the eight k that the fragments of mma and wgmma give it. Such blocks follow each other
+// along k; after each chunk come the qparams of its groups. So every copy is contiguous,
+// asynchronous and 16 bytes wide, and each warp waits for its own.
 //
 // A block of threads is WARPS_N x WARPS_K warps: the first split the channels, the second k. Sums
 // over WARPS_K are added in a fixed order, so results are the same from run to run.
@@ -14,15 +15,18 @@
 //   BITS of a weight; FLOAT8: whether the 8 bits are e4m3; X_BITS of an activation (16 or 8);
 //   X_HALF: 16-bit activations are float16, not bfloat16; CHUNK: k that share qparams (0: none
 //   inside the stream); ZERO: the qparams have a zero point; X_ZERO: activations have one;
-//   TOKEN_TILES, ROW_TILES, WARPS_N, WARPS_K, STEP (k of a pipeline stage), STAGES;
+//   TOKENS of a block of threads (1, or a multiple of 8), ROW_TILES of a warp, WARPS_N, WARPS_K,
+//   STEP (k of a pipeline stage), STAGES; WARPGROUP: four warps multiply together (wgmma);
 //   Y_TYPE, BIAS_TYPE: 0 none, 1 bfloat16, 2 float16, 3 float32; ACTIVATION: 0 none, 1 relu,
 //   2 gelu, 3 gelu_tanh, 4 silu.
+// LOW_MASK, a constant that the compiler must not know, comes as an argument.
 
 typedef unsigned int u32;
 typedef unsigned short u16;
 typedef unsigned long long u64;
 
-constexpr int TOKENS = 8 * TOKEN_TILES;
+constexpr int TOKEN_TILES = (TOKENS + 7) / 8;
+constexpr int COLUMNS = 8 * TOKEN_TILES;  // one token alone is read as all eight columns
 constexpr int ROWS = 16 * ROW_TILES * WARPS_N;
 constexpr int GROUP_THREADS = 32 * WARPS_N;  // the warps that share a part of k, and its activations
 constexpr int THREADS = GROUP_THREADS * WARPS_K;
@@ -34,21 +38,22 @@ constexpr int QPARAM_BYTES = GROUPED ? (ZERO ? 64 : 32) : 0;
 constexpr int UNIT = GROUPED ? CHUNK : 32;
 constexpr int UNIT_BYTES = UNIT / 32 * BLOCK_BYTES + QPARAM_BYTES;
 
-// Rows in shared memory start 64 (16-bit) or 32 bytes apart modulo 128, so that the eight rows that a
-// warp reads at once meet different banks.
+// Rows in shared memory start an odd multiple of 16 bytes apart, so that the eight rows of a matrix
+// that ldmatrix reads meet different banks. wgmma reads rows of 128 bytes, swizzled.
 constexpr int X_ROW = STEP * X_BITS / 8;
-constexpr int X_STRIDE = X_ROW + (X_BITS == 16 ? (X_ROW % 128 == 64 ? 0 : 64) : 32);
+constexpr int STRIDE = X_ROW + 16;
+constexpr int X_BYTES = WARPGROUP ? TOKENS * X_ROW : TOKENS * STRIDE;
 
 // 8-bit products need no unpacking: their weight stays as it is, [n, k], which other kernels share,
 // and is read as the activations are.
 constexpr bool ROW_MAJOR = BITS == 8 && X_BITS == 8;
 constexpr int PIECE_ROW = ROW_MAJOR ? STEP : STEP / UNIT * UNIT_BYTES;  // contiguous in memory
-constexpr int PIECE_STRIDE = ROW_MAJOR ? X_STRIDE : PIECE_ROW;
+constexpr int PIECE_STRIDE = ROW_MAJOR ? STRIDE : PIECE_ROW;
 constexpr int PIECE_ROWS = ROW_MAJOR ? 16 : 1;  // of them in a tile
 constexpr int STEP_BYTES = PIECE_ROWS * PIECE_STRIDE;
 constexpr int W_BYTES = ROW_TILES * STEP_BYTES;  // of a warp and a stage
-constexpr int X_BYTES = TOKENS * X_STRIDE;
-constexpr int STAGE_BYTES = WARPS_N * W_BYTES + X_BYTES;
+constexpr int STAGE_BYTES = WARPGROUP ? (X_BYTES + WARPS_N * W_BYTES + 1023) / 1024 * 1024 : X_BYTES + WARPS_N * W_BYTES;
+constexpr int AHEAD = STAGES - (WARPGROUP ? 2 : 1);  // wgmma may still read the stage before
 
 struct Arguments {
   const char* x;  // [m, k], rows of ldx bytes
@@ -60,6 +65,7 @@ struct Arguments {
   const void* bias;
   void* y;
   int m, n, k, ldx;
+  u32 low_mask;
 };
 
 __device__ __forceinline__ u32 shared_address(const void* p) {
@@ -84,7 +90,8 @@ __device__ __forceinline__ u64 keep_policy(bool keep) {
 __device__ __forceinline__ void commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
 __device__ __forceinline__ void wait_for_oldest() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(STAGES - 2) : "memory");
+  asm volatile("cp.async.wait_group %0;" ::"n"(AHEAD - 1) : "memory");
+  if (WARPGROUP) asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
 // The previous kernel of the stream may still run until here; nothing it writes is read before.
@@ -118,6 +125,18 @@ __device__ __forceinline__ Words<WORDS> load_shared(u32 at) {
     asm volatile("ld.shared.v2.b32 {%0, %1}, [%2];" : "=r"(v.w[0]), "=r"(v.w[1]) : "r"(at));
   else
     asm volatile("ld.shared.b32 %0, [%1];" : "=r"(v.w[0]) : "r"(at));
+  return v;
+}
+
+template <int WORDS>
+__device__ __forceinline__ Words<WORDS> load_matrices(u32 at) {
+  Words<WORDS> v;
+  if constexpr (WORDS == 4)
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v.w[0]), "=r"(v.w[1]), "=r"(v.w[2]), "=r"(v.w[3])
+                 : "r"(at));
+  else
+    asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];" : "=r"(v.w[0]), "=r"(v.w[1]) : "r"(at));
   return v;
 }
 
@@ -185,18 +204,17 @@ __device__ __forceinline__ Qparams load_qparams(u32 at, int g) {
 }
 
 // The lane's 16 weights of a block as the left operands of two k16 products: a[s][0..3].
-__device__ __forceinline__ void widen_weights(const Words<BITS / 2>& w, const Qparams& q, u32 (&a)[2][4]) {
+__device__ __forceinline__ void widen_weights(const Words<BITS / 2>& w, const Qparams& q, u32 low_mask, u32 (&a)[2][4]) {
 #pragma unroll
   for (int half = 0; half < 2; ++half)
 #pragma unroll
-    for (int p = 0; p < 4; ++p) {  // the pair k = 2 p, 2 p + 1 of the lane's eight
+    for (int p = 0; p < 4; ++p) {  // two neighbours in k
       u32& out = a[p / 2][2 * (p % 2) + half];
       if constexpr (BITS <= 4) {
-        constexpr u32 LOW = BITS == 4 ? 0x000f000fu : 0x00030003u;
         constexpr u32 MIDDLE = 1u << (BITS - 1);  // base + middle, negative
         constexpr u32 CENTER = (BASE + (MIDDLE << 16 | MIDDLE)) | MINUS_ZERO;
         u32 word = BITS == 4 ? w.w[half % (BITS / 2)] >> (4 * p) : w.w[0] >> (2 * p + 8 * half);
-        out = fma2(fma2((word & LOW) | BASE, ONE, CENTER), q.scale[half], q.zero[half]);
+        out = fma2(fma2((word & low_mask) | BASE, ONE, CENTER), q.scale[half], q.zero[half]);
       } else if constexpr (FLOAT8) {
         // e4m3's exponent and mantissa fit below either type's sign; its bias is repaired by a
         // product with a power of two, which is exact (subnormals included).
@@ -249,12 +267,36 @@ struct If<false, A, B> {
 typedef If<INTEGER && !GROUPED, int, float>::type Sum;
 typedef Sum Sums[ROW_TILES][TOKEN_TILES][4];
 
-// Where a lane's part of the activations of token tile 0 starts, in bytes from the stage's.
-__device__ __forceinline__ u32 x_offset(int lane) { return (lane >> 2) * X_STRIDE + (lane & 3) * X_BITS; }
+// The address for ldmatrix of 8 tokens (or, in whole tiles, 16 channels) by 16-byte columns.
+__device__ __forceinline__ u32 token_address(int lane) {
+  return (TOKENS == 1 ? 0 : lane % 8 * STRIDE) + lane / 8 * 16;
+}
+
+#if WARPGROUP
+
+// Rows of 128 bytes in groups of eight, 1024 bytes apart; the 16-byte columns of a row are swapped by
+// its number modulo 8 (the "128-byte swizzle").
+__device__ __forceinline__ u64 descriptor(u32 x) {
+  return (x & 0x3ffff) >> 4 | u64(1) << 16 | u64(1024 >> 4) << 32 | u64(1) << 62;
+}
+
+// 32 bytes of k number ``index``, for every token: added to a descriptor
+__device__ __forceinline__ constexpr u64 slice(int index) {
+  return (index / 4 * TOKENS * 128 + index % 4 * 32) >> 4;
+}
+
+__device__ __forceinline__ void begin_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+
+template <int PENDING>
+__device__ __forceinline__ void end_products() {
+  asm volatile("wgmma.commit_group.sync.aligned;\nwgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
+}
+
+#endif
 
 #if X_BITS == 16
 
-__device__ __forceinline__ void multiply(u32 weights, u32 x, int lane, Sums& sums) {
+__device__ __forceinline__ void multiply(u32 weights, u32 x, int lane, u32 low_mask, Sums& sums) {
   Qparams q[ROW_TILES];
 #pragma unroll
   for (int block = 0; block < STEP / 32; ++block) {
@@ -265,27 +307,36 @@ __device__ __forceinline__ void multiply(u32 weights, u32 x, int lane, Sums& sum
       const u32 at = unit + r * STEP_BYTES;
       if (GROUPED && block % (UNIT / 32) == 0) q[r] = load_qparams(at + UNIT_BYTES - QPARAM_BYTES, lane >> 2);
       const u32 mine = at + block % (UNIT / 32) * BLOCK_BYTES + lane * (BLOCK_BYTES / 32);
-      widen_weights(load_shared<BITS / 2>(mine), q[r], a[r]);
+      widen_weights(load_shared<BITS / 2>(mine), q[r], low_mask, a[r]);
     }
+#if WARPGROUP
+    begin_products();
+#pragma unroll
+    for (int r = 0; r < ROW_TILES; ++r)
+#pragma unroll
+      for (int s = 0; s < 2; ++s) product64(sums[r], a[r][s], descriptor(x) + slice(2 * block + s), 1);
+    end_products<1>();
+#else
 #pragma unroll
     for (int j = 0; j < TOKEN_TILES; ++j) {
-      const Words<4> b = load_shared<4>(x + x_offset(lane) + j * 8 * X_STRIDE + block * 64);
+      const Words<4> b = load_matrices<4>(x + token_address(lane) + j * 8 * STRIDE + block * 64);
 #pragma unroll
       for (int r = 0; r < ROW_TILES; ++r) {
         product16(sums[r][j], a[r][0], b.w[0], b.w[1]);
         product16(sums[r][j], a[r][1], b.w[2], b.w[3]);
       }
     }
+#endif
   }
 }
 
 #else  // X_BITS == 8
 
+// The block of a tile at ``at`` as the left operand of a k32 product
 __device__ __forceinline__ void load_weights(u32 at, int lane, u32 (&a)[4]) {
-#if BITS == 8
-  const Words<2> upper = load_shared<2>(at + x_offset(lane));
-  const Words<2> lower = load_shared<2>(at + x_offset(lane) + 8 * X_STRIDE);
-  a[0] = upper.w[0], a[2] = upper.w[1], a[1] = lower.w[0], a[3] = lower.w[1];
+#if BITS == 8  // 16 rows, two columns: the matrices are a0, a1 (rows 8 on), a2 (column 1), a3
+  const Words<4> w = load_matrices<4>(at + lane % 16 * STRIDE + lane / 16 * 16);
+  a[0] = w.w[0], a[1] = w.w[1], a[2] = w.w[2], a[3] = w.w[3];
 #else  // a nibble in the high half of a byte is 16 times its value: no sign to extend
   const Words<2> w = load_shared<2>(at + lane * 8);
   a[0] = w.w[0] & 0xf0f0f0f0u, a[2] = (w.w[0] << 4) & 0xf0f0f0f0u;
@@ -295,19 +346,25 @@ __device__ __forceinline__ void load_weights(u32 at, int lane, u32 (&a)[4]) {
 
 #if CHUNK == 0
 
-__device__ __forceinline__ void multiply(u32 weights, u32 x, int lane, Sums& sums) {
+__device__ __forceinline__ void multiply(u32 weights, u32 x, int lane, u32, Sums& sums) {
 #pragma unroll
   for (int block = 0; block < STEP / 32; ++block) {
     u32 a[ROW_TILES][4];
 #pragma unroll
-    for (int r = 0; r < ROW_TILES; ++r)
-      load_weights(weights + r * STEP_BYTES + block * 32, lane, a[r]);
+    for (int r = 0; r < ROW_TILES; ++r) load_weights(weights + r * STEP_BYTES + block * 32, lane, a[r]);
+#if WARPGROUP
+    begin_products();
+#pragma unroll
+    for (int r = 0; r < ROW_TILES; ++r) product64(sums[r], a[r], descriptor(x) + slice(block), 1);
+    end_products<1>();
+#else
 #pragma unroll
     for (int j = 0; j < TOKEN_TILES; ++j) {
-      const Words<2> b = load_shared<2>(x + x_offset(lane) + j * 8 * X_STRIDE + block * 32);
+      const Words<2> b = load_matrices<2>(x + token_address(lane % 16) + j * 8 * STRIDE + block * 32);
 #pragma unroll
       for (int r = 0; r < ROW_TILES; ++r) product8(sums[r][j], a[r], b.w[0], b.w[1]);
     }
+#endif
   }
 }
 
@@ -317,7 +374,7 @@ __device__ __forceinline__ void multiply(u32 weights, u32 x, int lane, Sums& sum
 // starts there, and leaves as a float by one subtraction.
 constexpr int MAGIC = 0x4b400000;
 
-__device__ __forceinline__ void multiply(u32 weights, u32 x, int lane, Sums& sums) {
+__device__ __forceinline__ void multiply(u32 weights, u32 x, int lane, u32, Sums& sums) {
   constexpr int BLOCKS = UNIT / 32;
 #pragma unroll
   for (int chunk = 0; chunk < STEP / UNIT; ++chunk) {
@@ -336,12 +393,28 @@ __device__ __forceinline__ void multiply(u32 weights, u32 x, int lane, Sums& sum
         scale[r][half] = widen(s, 1) * 0.0625f;
       }
     }
+#if WARPGROUP
+    int part[ROW_TILES][TOKEN_TILES][4];
+    begin_products();
+#pragma unroll
+    for (int r = 0; r < ROW_TILES; ++r)
+#pragma unroll
+      for (int block = 0; block < BLOCKS; ++block)
+        product64(part[r], a[r][block], descriptor(x) + slice(chunk * BLOCKS + block), block != 0);
+    end_products<0>();
+#pragma unroll
+    for (int r = 0; r < ROW_TILES; ++r)
+#pragma unroll
+      for (int j = 0; j < TOKEN_TILES; ++j)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) sums[r][j][i] += scale[r][i / 2] * static_cast<float>(part[r][j][i]);
+#else
 #pragma unroll
     for (int j = 0; j < TOKEN_TILES; ++j) {
       Words<2> b[BLOCKS];
 #pragma unroll
       for (int block = 0; block < BLOCKS; ++block)
-        b[block] = load_shared<2>(x + x_offset(lane) + j * 8 * X_STRIDE + (chunk * BLOCKS + block) * 32);
+        b[block] = load_matrices<2>(x + token_address(lane % 16) + j * 8 * STRIDE + (chunk * BLOCKS + block) * 32);
 #pragma unroll
       for (int r = 0; r < ROW_TILES; ++r) {
         int part[4] = {MAGIC, MAGIC, MAGIC, MAGIC};
@@ -352,6 +425,7 @@ __device__ __forceinline__ void multiply(u32 weights, u32 x, int lane, Sums& sum
           sums[r][j][i] += scale[r][i / 2] * (__int_as_float(part[i]) - __int_as_float(MAGIC));
       }
     }
+#endif
   }
 }
 
@@ -367,7 +441,7 @@ __device__ __forceinline__ float activate(float y) {
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1) stream_linear(const Arguments p) {
-  extern __shared__ __align__(128) char memory[];
+  extern __shared__ __align__(1024) char memory[];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int in_group = threadIdx.x % GROUP_THREADS;
   const int warp_n = warp % WARPS_N, group = warp / WARPS_N;
@@ -376,6 +450,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) stream_linear(const Arg
   const int first_token = blockIdx.y * TOKENS;
   const int my_steps = (steps - group + WARPS_K - 1) / WARPS_K;
   const u32 ring = shared_address(memory) + group * (STAGES * STAGE_BYTES);
+  const u32 low_mask = p.low_mask;
   const u64 once = keep_policy(false), again = keep_policy(true);
 
   // Rows past the last are the last again: computed, never stored.
@@ -391,7 +466,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) stream_linear(const Arg
     to[i] = row * PIECE_STRIDE + part;
   }
   auto fetch_weights = [&](int i) {
-    const u32 stage = ring + i % STAGES * STAGE_BYTES + warp_n * W_BYTES;
+    const u32 stage = ring + i % STAGES * STAGE_BYTES + X_BYTES + warp_n * W_BYTES;
     const char* base = p.weight + static_cast<u64>(group + i * WARPS_K) * PIECE_ROW;
 #pragma unroll
     for (int round = 0; round < ROUNDS; ++round)
@@ -401,14 +476,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) stream_linear(const Arg
   const int tokens = min(TOKENS, p.m - first_token);
   auto fetch_x = [&](int i, bool async) {
     constexpr int PER_ROW = X_ROW / 16;
-    const u32 to = ring + i % STAGES * STAGE_BYTES + WARPS_N * W_BYTES;
+    const u32 to = ring + i % STAGES * STAGE_BYTES;
     const char* base = p.x + static_cast<u64>(first_token) * p.ldx + (group + i * WARPS_K) * X_ROW;
 #pragma unroll
     for (int piece = 0; piece < (TOKENS * PER_ROW + GROUP_THREADS - 1) / GROUP_THREADS; ++piece) {
       const int at = piece * GROUP_THREADS + in_group, token = at / PER_ROW, part = at % PER_ROW * 16;
       if (token >= tokens) continue;
       const char* source = base + static_cast<u64>(token) * p.ldx + part;
-      const u32 target = to + token * X_STRIDE + part;
+      const u32 target = to + (WARPGROUP ? part / 128 * TOKENS * 128 + token * 128 + (part % 128 ^ token % 8 * 16)
+                                         : token * STRIDE + part);
       if (async) {
         copy_async(target, source, again);
       } else {
@@ -421,28 +497,31 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) stream_linear(const Arg
 
   // The weight is nobody's output: its first stages are on their way before x exists.
 #pragma unroll
-  for (int i = 0; i < STAGES - 1; ++i) {
+  for (int i = 0; i < AHEAD; ++i) {
     if (i < my_steps) fetch_weights(i);
     commit();
   }
   wait_for_previous_kernel();
 #pragma unroll
-  for (int i = 0; i < STAGES - 1; ++i)
+  for (int i = 0; i < AHEAD; ++i)
     if (i < my_steps) fetch_x(i, false);
 
   Sums sums = {};
   for (int i = 0; i < my_steps; ++i) {
     wait_for_oldest();
     group_barrier(group);  // and everybody is done with the stage that is filled next
-    if (i + STAGES - 1 < my_steps) {
-      fetch_weights(i + STAGES - 1);
-      fetch_x(i + STAGES - 1, true);
+    if (i + AHEAD < my_steps) {
+      fetch_weights(i + AHEAD);
+      fetch_x(i + AHEAD, true);
     }
     commit();
     const u32 stage = ring + i % STAGES * STAGE_BYTES;
-    const u32 weights = stage + warp_n * W_BYTES, x = stage + WARPS_N * W_BYTES;
-    multiply(weights, x, lane, sums);
+    multiply(stage + X_BYTES + warp_n * W_BYTES, stage, lane, low_mask, sums);
   }
+
+#if WARPGROUP
+  end_products<0>();
+#endif
 
   // Partial sums meet in shared memory as [group][token][row].
   constexpr int PITCH = ROWS + 4;
@@ -456,7 +535,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) stream_linear(const Arg
       for (int i = 0; i < 4; ++i) {
         const int token = 8 * j + 2 * (lane % 4) + i % 2;
         const int row = (warp_n * ROW_TILES + r) * 16 + lane / 4 + 8 * (i / 2);
-        parts[(group * TOKENS + token) * PITCH + row] = sums[r][j][i];
+        parts[(group * COLUMNS + token) * PITCH + row] = sums[r][j][i];
       }
   __syncthreads();
   for (int at = threadIdx.x; at < tokens * ROWS; at += THREADS) {
@@ -464,7 +543,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) stream_linear(const Arg
     if (n >= p.n) continue;
     Sum sum = parts[token * PITCH + row];
 #pragma unroll
-    for (int g = 1; g < WARPS_K; ++g) sum += parts[(g * TOKENS + token) * PITCH + row];
+    for (int g = 1; g < WARPS_K; ++g) sum += parts[(g * COLUMNS + token) * PITCH + row];
     float y = static_cast<float>(sum);
     if (X_ZERO) y -= p.x_zero[m] * p.w_sum[n];
     if (X_BITS == 8) y *= p.x_scale[m];
@@ -533,17 +612,15 @@ extern "C" __global__ void __launch_bounds__(256) stream_dequantize(const Unpack
     for (int i = 0; i < BITS / 2; ++i) w.w[i] = __ldg(words + i);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      u32 pairs[4];
+      const int row = tile * 16 + lane / 4 + 8 * half;
+      u16* to = p.out + static_cast<u64>(row) * p.k + unit * UNIT + block * 32;
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const u32 low = narrow(weight_at(w, half, 2 * i) * scale[half] + zero[half], Y_TYPE);
         const u32 high = narrow(weight_at(w, half, 2 * i + 1) * scale[half] + zero[half], Y_TYPE);
-        pairs[i] = low | high << 16;
+        const int first = X_BITS == 16 ? i * 8 + lane % 4 * 2 : i / 2 * 16 + lane % 4 * 4 + i % 2 * 2;
+        if (p.first_tile * 16 + row < p.n) *reinterpret_cast<u32*>(to + first) = low | high << 16;
       }
-      const int row = tile * 16 + lane / 4 + 8 * half;
-      if (p.first_tile * 16 + row >= p.n) continue;
-      u16* to = p.out + static_cast<u64>(row) * p.k + unit * UNIT + block * 32 + lane % 4 * 8;
-      *reinterpret_cast<uint4*>(to) = make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
     }
   }
 }
