@@ -40,6 +40,7 @@ from fxquant.scheme import Quantized, Scheme, get_scheme
 
 CASES = [
     ("triton_w8a8", "int8dq"),
+    ("triton_w8a8_persistent", "int8dq"),
     ("int_mm", "int8dq"),
     ("triton_w8a16", "int8wo"),
     ("triton_w4a16", "int4wo-64"),
@@ -48,6 +49,7 @@ CASES = [
     ("triton_w4a8", "8da4w-128"),
     ("triton_w4a8", "8da4w-32"),
     ("triton_fp8", "fp8dq"),
+    ("triton_fp8_persistent", "fp8dq"),
     ("scaled_mm", "fp8dq"),
     ("triton_wf8a16", "fp8wo"),
     ("triton_w4a16", "int2wo-64"),

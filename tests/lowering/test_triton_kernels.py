@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import os
+from dataclasses import replace
 
 import torch
 
@@ -19,8 +20,10 @@ import pytest  # noqa: E402
 from torch.fx.experimental.proxy_tensor import make_fx  # noqa: E402
 
 import fxquant.lowering  # noqa: E402, F401
-from fxquant.lowering import triton_launch  # noqa: E402
+from fxquant.lowering import triton_launch, triton_prefill, triton_w8a8  # noqa: E402
 from fxquant.lowering.kernel import KERNELS, Device, Kernel, Problem  # noqa: E402
+from fxquant.lowering.select import select  # noqa: E402
+from fxquant.lowering.triton_launch import Tile  # noqa: E402
 from fxquant.ops import ACTIVATIONS  # noqa: E402
 from fxquant.scheme import Quantized, get_scheme  # noqa: E402
 from tests import oracles  # noqa: E402
@@ -52,6 +55,8 @@ TRITON = [
     ("triton_w4a8", "8da4w-32"),
     ("triton_w4a8", "8da4w-64"),
     ("triton_w4a8", "8da4w-256"),
+    ("triton_w8a8_persistent", "int8dq"),
+    ("triton_fp8_persistent", "fp8dq"),
 ]
 ATEN = [("int_mm", "int8dq")]
 if DEVICE == "cuda":  # torch has these for CUDA alone
@@ -133,12 +138,12 @@ def test_bound(name: str, scheme: str, m: int) -> None:
 
 
 @pytest.mark.parametrize("epilogue", [e for e in ACTIVATIONS if e])
-@pytest.mark.parametrize(("name", "scheme"), [TRITON[0], TRITON[1], TRITON[5], TRITON[10]])
+@pytest.mark.parametrize(("name", "scheme"), [TRITON[i] for i in (0, 1, 5, 10, -2, -1)])
 def test_epilogue(name: str, scheme: str, epilogue: str) -> None:
     assert epilogue in KERNELS[name].epilogues
     _, k = shapes(scheme)[1]
-    for dtype in (torch.bfloat16, torch.float16):
-        oracles.elementwise_bound(name, scheme, 18, 37, k, dtype, True, DEVICE, epilogue)
+    for dtype, n in ((torch.bfloat16, 37), (torch.float16, 37), (torch.bfloat16, 40)):
+        oracles.elementwise_bound(name, scheme, 18, n, k, dtype, True, DEVICE, epilogue)
 
 
 @pytest.mark.parametrize("epilogue", [e for e in ACTIVATIONS if e])
@@ -216,7 +221,7 @@ def test_deterministic(name: str, scheme: str) -> None:
             assert torch.equal(first, oracles.run(name, sample))
 
 
-@pytest.mark.parametrize(("name", "scheme"), [TRITON[0], TRITON[1], TRITON[6], TRITON[11]])
+@pytest.mark.parametrize(("name", "scheme"), [TRITON[i] for i in (0, 1, 6, 11, -2)])
 def test_opcheck(name: str, scheme: str) -> None:
     """The schema, the fake and the dynamic trace of the op (opcheck itself fails on float8)."""
     calls = []
@@ -251,6 +256,43 @@ def test_traces_with_symbolic_rows(name: str, scheme: str) -> None:
     other = oracles.random_sample(scheme, 50, 64, 256, torch.bfloat16).to(DEVICE)
     for x in (sample.x, other.x):
         assert torch.equal(graph(x, packed, sample.bias), compute(x, packed, sample.bias))
+
+
+@pytest.mark.parametrize("specialized", [True, False])
+@pytest.mark.parametrize("tile", [tile for tile, _ in triton_prefill.INTEGER_TILES])
+def test_persistent_tiles(tile: Tile, specialized: bool) -> None:
+    """Several tiles a program, each edge clipped: bit for bit the plain kernel's."""
+    shape = (300, 520, 144) if DEVICE == "cpu" else (1500, 4008, 1040)
+    for m, n, k in (shape, (1, 37, 16)):
+        g = torch.Generator().manual_seed(m)
+        x, w = (torch.randint(-128, 128, (r, k), generator=g, dtype=torch.int8) for r in (m, n))
+        scales = (torch.rand(r, 1, generator=g) for r in (m, n))
+        x, w, x_scale, w_scale = (t.to(DEVICE) for t in (x, w, *scales))
+        args = (x, x_scale, w, w_scale, None, "relu", torch.bfloat16)
+        plain = triton_w8a8.launch(*args)
+        for described in (True, False):
+            y = triton_prefill.launch_tile(
+                *args, tile, specialized=specialized, described=described
+            )
+            assert torch.equal(y, plain), (m, n, k, described)
+
+
+def test_quickest_tile_fills_the_multiprocessors() -> None:
+    wide, narrow = Tile(128, 256, 128, 8, 3), Tile(128, 128, 128, 8, 4)
+    tiles = ((wide, 1.0), (narrow, 0.9))
+    assert triton_prefill.quickest(tiles, 2048, 28672, 132) == wide
+    assert triton_prefill.quickest(tiles, 256, 4096, 132) == narrow  # 32 or 64 of 132 at work
+
+
+def test_prefill_takes_the_persistent_kernel() -> None:
+    for n, k in ((28672, 4096), (4096, 14336), (4096, 4096)):
+        choice = select(problem("int8dq", None, n, k, torch.bfloat16))
+        assert "triton_w8a8_persistent" not in (choice.at(1).name, choice.at(128).name)
+        assert choice.at(2048).name == choice.at(4096).name == "triton_w8a8_persistent"
+    refused = problem("int8dq", 2048, 64, 256, torch.bfloat16)
+    for features in ({"sm80", "sm89"}, {"sm80", "sm89", "sm90", "sm100"}):
+        other = replace(refused, device=replace(HOPPER, features=frozenset(features)))
+        assert KERNELS["triton_w8a8_persistent"].refusal(other)
 
 
 @pytest.mark.parametrize("name", sorted({name for name, _ in CASES} | {"tinygemm", "scaled_mm"}))
