@@ -25,18 +25,18 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 import fxquant.lowering  # noqa: F401
 from fxquant.lowering.devices import device_row
+from fxquant.lowering.dispatch import prequantized
 from fxquant.lowering.kernel import KERNELS, Kernel, Problem
-from fxquant.scheme import Quantized, Scheme, get_scheme
+from fxquant.measure import copies, replayed
+from fxquant.scheme import Scheme, get_scheme
 
 CASES = [
     ("triton_w8a8", "int8dq"),
@@ -56,8 +56,6 @@ CASES = [
 ]
 SHAPES = [(28672, 4096), (4096, 14336), (6144, 4096), (896, 4864), (10240, 2560)]
 ROWS = (1, 4, 16, 17, 64, 129, 256, 2048)
-COLD_BYTES = 160e6
-"""Weights in rotation hold at least this: well over the 60 MB of L2."""
 TEST_SHARDS = (
     "w8a8",
     "w8a16",
@@ -69,24 +67,6 @@ TEST_SHARDS = (
     "8da4w-32",
     "8da4w-64 or 8da4w-256",
 )
-
-
-@dataclass(frozen=True)
-class Fixed:
-    """Stands for ``scheme.input``: the activations were quantized before."""
-
-    codes: Quantized
-
-    def quantize(self, x: torch.Tensor) -> Quantized:
-        return self.codes
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """A scheme with its activations already quantized: ``compute`` is the product alone."""
-
-    weight: Any
-    input: Fixed | None
 
 
 def error(scheme: Scheme, x: torch.Tensor, w: torch.Tensor, y: torch.Tensor) -> float:
@@ -103,46 +83,6 @@ def error(scheme: Scheme, x: torch.Tensor, w: torch.Tensor, y: torch.Tensor) -> 
     return ((y.double() - exact).abs() / allowed).max().item()
 
 
-def seconds(calls: list) -> float:
-    """Median time of one of ``calls``, all captured in one graph and replayed."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        calls[0]()
-        stream.synchronize()
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        calls[-1]()
-        end.record()
-        stream.synchronize()
-        once = max(begin.elapsed_time(end) * 1e-3, 2e-6)
-        times = max(1, min(int(3e-3 / once), 64))  # a graph of about 3 ms
-        if times < len(calls):
-            calls = calls[: max(times, 2)]
-        repeat = max(1, times // len(calls))
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=stream):
-            for _ in range(repeat):
-                for call in calls:
-                    call()
-        readings = []
-        for i in range(11):
-            begin.record()
-            graph.replay()
-            end.record()
-            stream.synchronize()
-            if i >= 2:
-                readings.append(begin.elapsed_time(end) * 1e-3 / (repeat * len(calls)))
-    return statistics.median(readings)
-
-
-def copies(tensors: list[torch.Tensor]) -> list[list[torch.Tensor]]:
-    """``tensors`` as often as it takes to overflow the cache."""
-    size = sum(t.numel() * t.element_size() for t in tensors)
-    count = min(max(2, math.ceil(COLD_BYTES / size)), 64)
-    return [tensors] + [[t.clone() for t in tensors] for _ in range(count - 1)]
-
-
 BASELINE: dict[tuple[int, int, int], float] = {}
 
 
@@ -151,7 +91,7 @@ def baseline(m: int, n: int, k: int) -> float:
     if (m, n, k) not in BASELINE:
         x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
         weights = copies([torch.randn(n, k, device="cuda", dtype=torch.bfloat16)])
-        BASELINE[m, n, k] = seconds([partial(F.linear, x, w[0]) for w in weights])
+        BASELINE[m, n, k] = replayed([partial(F.linear, x, w[0]) for w in weights])
     return BASELINE[m, n, k]
 
 
@@ -174,10 +114,10 @@ def measure(kernel: Kernel, scheme: Scheme, n: int, k: int, emit) -> None:
             x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
             y = kernel.compute(scheme, x, packs[0], None, "")
             record["error"] = error(scheme, x, wide, y)
-            codes = None if scheme.input is None else Fixed(scheme.input.quantize(x))
-            prepared = Prepared(scheme.weight, codes)
+            codes = [] if scheme.input is None else scheme.input.quantize(x)
+            prepared = prequantized(scheme, codes)
             calls = [partial(compiled(kernel.name), prepared, x, p, None, "") for p in packs]
-            record["us"] = seconds(calls) * 1e6
+            record["us"] = replayed(calls) * 1e6
             record["bf16_us"] = baseline(m, n, k) * 1e6
         except Exception as failure:
             record["failure"] = f"{type(failure).__name__}: {failure}"[:500]
@@ -197,7 +137,7 @@ def compiled(name: str) -> Callable[..., torch.Tensor]:
 
     @torch.compile(dynamic=True)
     def product(codes, scale, weight, weight_scale):
-        prepared: Any = Prepared(None, Fixed(Quantized(codes, scale, None)))
+        prepared = prequantized(get_scheme("int8dq"), (codes, scale))
         like = torch.empty(0, dtype=torch.bfloat16, device=codes.device)
         return compute(prepared, like, [weight, weight_scale], None, "")
 

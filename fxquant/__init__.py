@@ -11,6 +11,7 @@ from .observers import observed
 from .recipe import Recipe, Rule
 from .report import Report, explain
 from .scheme import SCHEMES, QuantSpec, Scheme, get_scheme
+from .tuner import tune
 from .weights import invalidate
 
 __version__ = "0.1.0"
@@ -33,4 +34,5 @@ __all__ = [
     "passes",
     "quantize",
     "trace",
+    "tune",
 ]

@@ -1,10 +1,11 @@
-"""Wall-clock comparison of callables: interleaved rounds, medians."""
+"""Timing: interleaved rounds on the wall clock, replays of CUDA graphs; medians."""
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
@@ -31,3 +32,45 @@ def interleaved(
             synchronize()
             times[name].append((time.perf_counter() - started) / repeat)
     return {name: statistics.median(t) for name, t in times.items()}
+
+
+COLD_BYTES = 160e6
+"""Weights in rotation hold at least this: well over any GPU's second-level cache."""
+
+
+def copies(tensors: Sequence[torch.Tensor]) -> list[list[torch.Tensor]]:
+    """``tensors`` as often as it takes to overflow the cache."""
+    size = sum(t.numel() * t.element_size() for t in tensors)
+    count = min(max(2, math.ceil(COLD_BYTES / size)), 64)
+    return [list(tensors)] + [[t.clone() for t in tensors] for _ in range(count - 1)]
+
+
+def replayed(
+    calls: Sequence[Callable[[], object]], *, span: float = 3e-3, rounds: int = 9
+) -> float:
+    """Median seconds of one of ``calls``, all captured in one CUDA graph of about ``span`` seconds."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+
+        def timed(run: Callable[[], object]) -> float:
+            begin.record()
+            run()
+            end.record()
+            stream.synchronize()
+            return begin.elapsed_time(end) * 1e-3
+
+        calls[0]()
+        stream.synchronize()
+        times = max(1, min(int(span / max(timed(calls[-1]), 2e-6)), 64))
+        calls = calls[: max(times, 2)]
+        repeat = max(1, times // len(calls))
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            for _ in range(repeat):
+                for call in calls:
+                    call()
+        timed(graph.replay)
+        readings = [timed(graph.replay) / (repeat * len(calls)) for _ in range(rounds)]
+    return statistics.median(readings)

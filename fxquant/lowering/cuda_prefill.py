@@ -9,10 +9,27 @@ from __future__ import annotations
 
 import struct
 
+import sympy
 import torch
 
+from ..scheme import get_scheme
 from . import nvrtc
-from .cuda_stream import CODE, TILE, Format, Shape, defines, source
+from .cost import roofline
+from .cuda_stream import (
+    CODE,
+    COMMON,
+    HALF,
+    STREAM,
+    TILE,
+    Format,
+    Shape,
+    defines,
+    format_of,
+    grouped,
+    source,
+)
+from .kernel import Problem, kernel
+from .triton_launch import LIBRARY, weight_bytes
 
 SLAB_BYTES = 1 << 25
 THREADS = 256
@@ -22,7 +39,7 @@ WARPS = THREADS // 32
 def dequantize_tiles(
     form: Format,
     stream: torch.Tensor,
-    w_scale: torch.Tensor | None,
+    per_row: torch.Tensor,
     n: int,
     k: int,
     first: int,
@@ -31,13 +48,18 @@ def dequantize_tiles(
     """Channels from ``first * 16`` on, as many as ``out`` [rows, k] has, in its type."""
     shape = Shape(1, 1, 1, 1, form.unit, 2)  # unused by this kernel, but the source asks for one
     constants = defines(
-        form, shape, x_half=out.dtype == torch.float16, y_type=CODE[out.dtype], bias_type=0, activation=0
+        form,
+        shape,
+        x_half=out.dtype == torch.float16,
+        y_type=CODE[out.dtype],
+        bias_type=0,
+        activation=0,
     )
     text, device = source(form, shape, False), out.device.index
     call = nvrtc.function(text, "stream_dequantize", constants, THREADS, 0, device, False)
     tiles = -(-out.shape[0] // TILE)
-    scale = 0 if w_scale is None else w_scale.data_ptr()
-    arguments = struct.pack("<3Q4i", stream.data_ptr(), scale, out.data_ptr(), n, k, first, tiles)
+    pointers = (t.data_ptr() for t in (stream, per_row, out))
+    arguments = struct.pack("<3Q4i", *pointers, n, k, first, tiles)
     with torch.cuda.device(device):
         call.launch((-(-tiles * (k // form.unit) // WARPS), 1, 1), arguments)
 
@@ -46,21 +68,86 @@ def matmul(
     form: Format,
     x: torch.Tensor,
     stream: torch.Tensor,
-    w_scale: torch.Tensor | None,
+    per_row: torch.Tensor,
     bias: torch.Tensor | None,
     n: int,
     slab_bytes: int = SLAB_BYTES,
 ) -> torch.Tensor:
+    """y[m, n] = x[m, k] (16-bit) times the weight of a stream, plus bias."""
     m, k = x.shape
     y = x.new_empty(m, n)
     rows = max(slab_bytes // (k * x.element_size()) // 128, 1) * 128
     slab = x.new_empty(min(rows, n), k)
     for first in range(0, n, rows):
         w = slab[: min(rows, n - first)]
-        dequantize_tiles(form, stream, w_scale, n, k, first // TILE, w)
+        dequantize_tiles(form, stream, per_row, n, k, first // TILE, w)
         out = y[:, first : first + rows]
         if bias is None:
             torch.mm(x, w.t(), out=out)
         else:
             torch.addmm(bias[first : first + rows], x, w.t(), out=out)
     return y
+
+
+LIBRARY.define(
+    "stream_matmul(Tensor x, Tensor[] packed, Tensor? bias, str scheme, int n) -> Tensor"
+)
+
+
+@torch.library.register_fake("fxquant::stream_matmul", lib=LIBRARY)
+def _fake(x, packed, bias, scheme, n):
+    return x.new_empty(x.shape[0], n)
+
+
+@torch.library.impl("fxquant::stream_matmul", "CUDA", lib=LIBRARY)
+def stream_matmul(x, packed, bias, scheme, n):
+    """x[m, k] bfloat16 or float16 times the packed weight, wide: y[m, n]."""
+    if x.shape[0] == 0:
+        return x.new_empty(0, n)
+    bias = None if bias is None else bias.to(x.dtype)
+    form = format_of(get_scheme(scheme))
+    return matmul(form, x.contiguous(), packed[0], packed[1], bias, n)
+
+
+def stream_holds(p: Problem) -> str | None:
+    """The weight is of a form that the stream has."""
+    w = p.scheme.weight
+    if w.granularity == "channel":
+        return None if w.zero_point_domain == "none" else "takes no zero points per channel"
+    return grouped(p)
+
+
+def cost(p: Problem) -> sympy.Expr:
+    """The float product, and the weight read, written and read again."""
+    wide = roofline(p, weight_bytes=2 * p.n * p.k, operations="bfloat16", launches=2)
+    return wide + (weight_bytes(p) + 2 * p.n * p.k) / p.device.bandwidth
+
+
+@kernel(
+    families=["w4a16", "w2a16", "w8a16", "wf8a16"],
+    device="cuda",
+    layout=STREAM,
+    cost=cost,
+    needs=[*COMMON, HALF, stream_holds],
+    faults=[{"dtype": torch.float32}, {"k": 40}],
+)
+def cuda_dequantize(scheme, x, packed, bias, epilogue):
+    op = torch.ops.fxquant.stream_matmul.default
+    return op(x, packed, bias, scheme.name, packed[1].numel())
+
+
+@kernel(
+    families=["w4a8"],
+    device="cuda",
+    layout=STREAM,
+    cost=cost,
+    needs=[*COMMON, HALF, stream_holds],
+    faults=[{"dtype": torch.float32}, {"k": 40}],
+)
+def cuda_dequantize_w4a8(scheme, x, packed, bias, epilogue):
+    """The codes less their zero point are integers up to 255, which both 16-bit types hold."""
+    q = scheme.input.quantize(x)
+    codes = (q.codes.float() - q.zero.float()).to(x.dtype)
+    y = torch.ops.fxquant.stream_matmul.default(codes, packed, None, scheme.name, packed[1].numel())
+    y = y.float() * q.scale.float()
+    return (y if bias is None else y + bias.float()).to(x.dtype)

@@ -21,10 +21,10 @@ import torch.nn.functional as F
 from ..affine import code_range, pack_codes, storage_dtype, unpack_codes
 from ..scheme import Quantized, Scheme, get_scheme
 from . import nvrtc
+from .dequantize import LAYOUT as ROW_MAJOR
 from .devices import device_row
 from .kernel import (
     Layout,
-    Need,
     Problem,
     activations_in,
     has_feature,
@@ -32,7 +32,7 @@ from .kernel import (
     multiple_of,
 )
 from .triton_launch import EPILOGUES, LIBRARY, estimate, input_is, k_at_most, weight_is
-from .tuning import tuned_shape
+from .tuning import tuned_shapes
 
 TILE = 16
 """Output channels of a tile: the rows of one mma."""
@@ -44,7 +44,6 @@ CODE = {torch.bfloat16: 1, torch.float16: 2, torch.float32: 3}
 ACTIVATION = {"": 0, "relu": 1, "gelu": 2, "gelu_tanh": 3, "silu": 4}
 
 STREAM_SOURCE = Path(__file__).parent / "cuda" / "stream.cu"
-LOW_MASK = {4: 0x000F000F, 2: 0x00030003}
 
 SHARED_LIMIT = 227 * 1024
 """Bytes of shared memory that one block may use on Hopper."""
@@ -104,27 +103,49 @@ SLOTS: dict[tuple[int, int], list[int]] = {
 }
 
 
-SLAB = 1 << 26
+SLAB = 1 << 24
 """Codes that are packed at once: the scratch memory is a few bytes for each."""
 
 
 def pack(scheme: Scheme, q: Quantized) -> list[torch.Tensor]:
-    """The stream uint8 [ceil(n / 16), k / unit, unit_bytes]; per channel the scale float32 [n]; for
-    activations with a zero point each row's sum of weights float32 [n]."""
+    """The stream uint8 [ceil(n / 16), k / unit, unit_bytes] and a float32 [n]: the scale of each row;
+    of grouped weights its power of two; for activations with a zero point its sum of weights."""
     form, n = format_of(scheme), q.codes.shape[0]
     k = q.codes.shape[1] * 8 // form.bits
+    per_row = q.scale.float().reshape(-1)
+    if form.chunk and form.x_bits == 16:
+        per_row = row_power(q.scale)
+        q = Quantized(q.codes, *_normalized(q.scale, q.zero, per_row))
     rows = max(SLAB // k // TILE, 1) * TILE
     slabs = [
-        Quantized(*(None if t is None else t[first : first + rows] for t in q))
-        for first in range(0, n, rows)
+        Quantized(q.codes[at], q.scale[at], None if q.zero is None else q.zero[at])
+        for at in (slice(first, first + rows) for first in range(0, n, rows))
     ]
-    stream = torch.cat([_stream(scheme, slab, k) for slab in slabs])
-    if not form.chunk:
-        return [stream, q.scale.float().reshape(-1)]
-    if not form.x_zero:
-        return [stream]
-    sums = [scheme.weight.dequantize(slab, torch.float32).sum(1) for slab in slabs]
-    return [stream, torch.cat(sums)]
+    if form.x_zero:
+        sums = [scheme.weight.dequantize(slab, torch.float64).sum(1).float() for slab in slabs]
+        per_row = torch.cat(sums)
+    return [torch.cat([_stream(scheme, slab, k) for slab in slabs]), per_row]
+
+
+CODE_UNIT = 2.0**133
+"""One over what the code 1 is worth as the bits of a bfloat16: factor of the scales in a stream."""
+
+
+def row_power(scale: torch.Tensor) -> torch.Tensor:
+    """Powers of two float32 [n] which bring the largest scale of each row to [2**-10, 2**-9)."""
+    _, exponent = torch.frexp(scale.float().abs().amax(1))
+    return torch.ldexp(torch.ones_like(exponent, dtype=torch.float32), exponent + 9)
+
+
+def _normalized(scale, zero, power):
+    """Scales and zero points as the stream holds them; exact, as are the products that undo it."""
+    scale = (scale.double() / power[:, None] * CODE_UNIT).to(scale.dtype)
+    return scale, None if zero is None else (zero.double() / power[:, None]).to(zero.dtype)
+
+
+def _restored(scale, zero, power):
+    scale = (scale.double() / CODE_UNIT * power[:, None]).to(scale.dtype)
+    return scale, None if zero is None else (zero.double() * power[:, None]).to(zero.dtype)
 
 
 def _stream(scheme: Scheme, q: Quantized, k: int) -> torch.Tensor:
@@ -142,7 +163,7 @@ def _stream(scheme: Scheme, q: Quantized, k: int) -> torch.Tensor:
         return data
     qparams = torch.stack([t for t in (q.scale, q.zero) if t is not None], -1)
     qparams = F.pad(qparams, (0, 0, 0, 0, 0, missing))
-    qparams = qparams.repeat_interleave(scheme.weight.group_size // form.chunk, 1)
+    qparams = qparams.repeat_interleave((scheme.weight.group_size or 0) // form.chunk, 1)
     qparams = qparams.view(tiles, TILE, k // form.chunk, -1).transpose(1, 2).contiguous()
     return torch.cat([data, qparams.view(torch.uint8).view(tiles, k // form.chunk, -1)], -1)
 
@@ -165,25 +186,29 @@ def unpack(scheme: Scheme, packed: Sequence[torch.Tensor], n: int, k: int) -> Qu
         return Quantized(_canonical(scheme, codes), scale, None)
     qparams = tail.contiguous().view(scheme.weight.scale_dtype).view(tiles, units, TILE, -1)
     qparams = qparams.transpose(1, 2).reshape(tiles * TILE, units, -1)[:n]
-    qparams = qparams[:, :: scheme.weight.group_size // form.chunk]
-    scale, *zero = (t.contiguous() for t in qparams.unbind(-1))
-    return Quantized(_canonical(scheme, codes), scale, zero[0] if zero else None)
+    qparams = qparams[:, :: (scheme.weight.group_size or 0) // form.chunk]
+    keep = torch.contiguous_format  # a new tensor: no strides of the stream remain
+    scale, *zeros = (t.clone(memory_format=keep) for t in qparams.unbind(-1))
+    zero = zeros[0] if zeros else None
+    if form.x_bits == 16:
+        scale, zero = _restored(scale, zero, packed[1])
+    return Quantized(_canonical(scheme, codes), scale, zero)
 
 
 def _unsigned(scheme: Scheme, codes: torch.Tensor) -> torch.Tensor:
-    """One uint8 for each code: what the kernel finds in the stream. 4-bit and 2-bit codes count from
-    the lowest for 16-bit activations; all others keep their bits."""
+    """One uint8 for each code: what the kernel finds in the stream. Integers count from the lowest for
+    16-bit activations; all others keep their bits."""
     dtype, form = scheme.weight.dtype, format_of(scheme)
-    if form.bits == 8:
+    if form.float8:
         return codes.view(torch.uint8)
     low = code_range(dtype)[0] if form.x_bits == 16 else 0
-    return ((unpack_codes(codes, dtype) - low) & ((1 << form.bits) - 1)).to(torch.uint8)
+    return ((unpack_codes(codes, dtype).short() - low) & ((1 << form.bits) - 1)).to(torch.uint8)
 
 
 def _canonical(scheme: Scheme, u: torch.Tensor) -> torch.Tensor:
     dtype, form = scheme.weight.dtype, format_of(scheme)
-    if form.bits == 8:
-        return u.contiguous().view(scheme.weight.codes_dtype)
+    if form.float8:
+        return u.contiguous().view(dtype)
     low, high = code_range(dtype)
     codes = u.to(torch.int16) + (low if form.x_bits == 16 else 0)
     codes = torch.where(codes > high, codes - (1 << form.bits), codes)
@@ -228,7 +253,12 @@ class Shape(NamedTuple):
         whole = k % self.step == 0 and self.step % form.unit == 0
         if self.warpgroup:
             swizzled = self.step * form.x_bits // 8 % 128 == 0 and self.tokens % 8 == 0
-            whole = whole and swizzled and self.warps_n % 4 == 0 and not (form.row_major and form.float8)
+            whole = (
+                whole
+                and swizzled
+                and self.warps_n % 4 == 0
+                and not (form.row_major and form.float8)
+            )
         return whole and self.threads <= 1024 and self.shared(form) <= SHARED_LIMIT
 
 
@@ -254,9 +284,14 @@ def warpgroup_product(form: Format, tokens: int, half: bool) -> str:
     )
 
 
-def shape_for(form: Format, n: int, k: int, rows: int) -> Shape:
-    """The cut for this many rows, where no measured table has one."""
-    step = next(s for s in (128, 64, 32) if k % s == 0 and s >= form.unit)
+def shape_for(scheme: Scheme, n: int, k: int, rows: int, device: str) -> Shape:
+    """The cut for this many rows: measured for this layer, or for the likest one that was, or plain."""
+    form = format_of(scheme)
+    for found in tuned_shapes(device, scheme.name, scheme.family, n, k, rows):
+        if (shape := Shape(*found)).fits(form, k):
+            return shape
+    steps = (s for s in (128, 64, 32) if s % form.unit == 0)
+    step = next(s for s in steps if k % s == 0)
     if rows == 1:
         return Shape(1, 4, 2, 1, step, 4)
     tokens = min(-(-rows // 8) * 8, 64)
@@ -276,41 +311,54 @@ def source(form: Format, shape: Shape, half: bool) -> str:
     return head + STREAM_SOURCE.read_text()
 
 
-def launch(
+@lru_cache(maxsize=4096)
+def compiled(
     form: Format,
+    shape: Shape,
+    x: torch.dtype,
+    y: torch.dtype,
+    bias: torch.dtype | None,
+    epilogue: str,
+    device: int,
+) -> nvrtc.Function:
+    """The kernel for these types, built unless the cache has it."""
+    half = x == torch.float16
+    constants = defines(
+        form,
+        shape,
+        x_half=half,
+        y_type=CODE[y],
+        bias_type=0 if bias is None else CODE[bias],
+        activation=ACTIVATION[epilogue],
+    )
+    text, shared = source(form, shape, half), shape.shared(form)
+    return nvrtc.function(text, "stream_linear", constants, shape.threads, shared, device, True)
+
+
+def run(
+    scheme: Scheme,
     shape: Shape,
     x: torch.Tensor,
     x_scale: torch.Tensor | None,
     x_zero: torch.Tensor | None,
-    stream: torch.Tensor,
-    w_scale: torch.Tensor | None,
-    w_sum: torch.Tensor | None,
+    packed: Sequence[torch.Tensor],
     bias: torch.Tensor | None,
     n: int,
     epilogue: str,
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    """y[m, n] of x[m, k]; see ``stream_linear``."""
-    m, k = x.shape
-    y = x.new_empty(m, n, dtype=dtype)
-    half = x.dtype == torch.float16
-    constants = defines(
-        form,
-        shape,
-        x_half=half,
-        y_type=CODE[dtype],
-        bias_type=0 if bias is None else CODE[bias.dtype],
-        activation=ACTIVATION[epilogue],
+    """One launch, cut as ``shape``: y[m, n] of contiguous x[m, k], x_scale and x_zero float32 [m]."""
+    form, (m, k) = format_of(scheme), x.shape
+    per_row = packed[1].float().reshape(-1)
+    w_scale, w_sum = (None, per_row) if form.x_zero else (per_row, None)
+    call = compiled(
+        form, shape, x.dtype, dtype, None if bias is None else bias.dtype, epilogue, x.device.index
     )
-    device = x.device.index
-    shared = shape.shared(form)
-    text = source(form, shape, half)
-    call = nvrtc.function(text, "stream_linear", constants, shape.threads, shared, device, True)
-    pointers = (x, x_scale, x_zero, stream, w_scale, w_sum, bias, y)
+    y = x.new_empty(m, n, dtype=dtype)
+    pointers = (x, x_scale, x_zero, packed[0], w_scale, w_sum, bias, y)
     addresses = (0 if t is None else t.data_ptr() for t in pointers)
-    mask = LOW_MASK.get(form.bits, 0)
-    arguments = struct.pack("<8Q4iIi", *addresses, m, n, k, k * x.element_size(), mask, 0)
-    with torch.cuda.device(device):
+    arguments = struct.pack("<8Q4i", *addresses, m, n, k, k * x.element_size())
+    with torch.cuda.device(x.device):
         call.launch((-(-n // shape.rows), -(-m // shape.tokens), 1), arguments)
     return y
 
@@ -337,16 +385,115 @@ def stream_linear(x, x_scale, x_zero, packed, bias, scheme, epilogue, n, dtype):
     """x[m, k] (16-bit float, int8 or float8) times the packed weight; y[m, n] in ``dtype``."""
     if x.shape[0] == 0:
         return x.new_empty(0, n, dtype=dtype)
-    row = get_scheme(scheme)
-    form, (m, k) = format_of(row), x.shape
-    found = tuned_shape(device_row(x.device).name, row.name, n, k, m)
-    shape = Shape(*found) if found else shape_for(form, n, k, m)
-    w_scale = None if form.chunk else packed[1]
-    w_sum = packed[1] if form.x_zero else None
+    row, m = get_scheme(scheme), x.shape[0]
+    shape = shape_for(row, n, x.shape[1], m, device_row(x.device).name)
     scale, zero = (
         None if t is None else t.float().expand(m, 1).contiguous() for t in (x_scale, x_zero)
     )
     bias = None if bias is None else bias.contiguous()
-    return launch(
-        form, shape, aligned(x), scale, zero, packed[0], w_scale, w_sum, bias, n, epilogue, dtype
-    )
+    return run(row, shape, aligned(x), scale, zero, packed, bias, n, epilogue, dtype)
+
+
+def compiles(p: Problem) -> str | None:
+    return nvrtc.refusal()
+
+
+GROUPS = (32, 64, 128, 256)
+
+
+def grouped(p: Problem) -> str | None:
+    """Groups that the stream holds, which divide k."""
+    size = p.scheme.weight.group_size
+    if size not in GROUPS or p.scheme.weight.scale_dtype != torch.bfloat16:
+        return f"takes groups of {', '.join(map(str, GROUPS))} with bfloat16 scales, not {size}"
+    return None if p.k % size == 0 else f"k = {p.k} is not a multiple of group_size {size}"
+
+
+HALF = activations_in(torch.bfloat16, torch.float16)
+ANY_FLOAT = activations_in(torch.bfloat16, torch.float16, torch.float32)
+COMMON = (compiles, has_feature("hopper"), multiple_of("k", BLOCK))
+
+RATES = {
+    # family: (fraction of the bandwidth, operand type, fraction of its peak), 28672 x 4096 on an H200
+    "w4a16": (0.75, "bfloat16", 0.7),
+    "w2a16": (0.5, "bfloat16", 0.7),
+    "w8a16": (0.86, "bfloat16", 0.55),
+    "wf8a16": (0.87, "bfloat16", 0.6),
+    "w4a8": (0.85, "int8", 0.34),
+    "w8a8": (0.92, "int8", 0.7),
+    "wf8af8": (0.9, "bfloat16", 0.36),
+}
+
+
+def cost(p: Problem) -> sympy.Expr:
+    memory, operations, compute = RATES[p.scheme.family]
+    if p.scheme.weight.group_size == 32 and p.scheme.input is not None:
+        compute *= 0.6  # a sum leaves the tensor core after every 32 products
+    return estimate(p, operations=operations, memory=memory, compute=compute)
+
+
+def _linear(x, scale, zero, packed, bias, scheme, epilogue, n, dtype):
+    op = torch.ops.fxquant.stream_linear.default
+    return op(x, scale, zero, packed, bias, scheme.name, epilogue, n, dtype)
+
+
+@kernel(
+    families=["w4a16", "w2a16"],
+    device="cuda",
+    layout=STREAM,
+    cost=cost,
+    needs=[*COMMON, HALF, weight_is("group", "none", "float"), grouped],
+    epilogues=EPILOGUES,
+    faults=[{"dtype": torch.float32}, {"k": 48}],
+)
+def cuda_w4a16(scheme, x, packed, bias, epilogue):
+    n = packed[1].numel()
+    return _linear(x, None, None, packed, bias, scheme, epilogue, n, x.dtype)
+
+
+@kernel(
+    families=["w8a16", "wf8a16"],
+    device="cuda",
+    layout=STREAM,
+    cost=cost,
+    needs=[*COMMON, HALF, weight_is("channel", "none")],
+    epilogues=EPILOGUES,
+    faults=[{"dtype": torch.float32}, {"k": 40}],
+)
+def cuda_w8a16(scheme, x, packed, bias, epilogue):
+    n = packed[1].numel()
+    return _linear(x, None, None, packed, bias, scheme, epilogue, n, x.dtype)
+
+
+@kernel(
+    families=["w4a8"],
+    device="cuda",
+    layout=STREAM,
+    cost=cost,
+    needs=[*COMMON, ANY_FLOAT, weight_is("group", "none"), input_is("int"), grouped],
+    epilogues=EPILOGUES,
+    faults=[{"dtype": torch.float64}, {"k": 48}],
+)
+def cuda_w4a8(scheme, x, packed, bias, epilogue):
+    q, n = scheme.input.quantize(x), packed[1].numel()
+    return _linear(q.codes, q.scale, q.zero, packed, bias, scheme, epilogue, n, x.dtype)
+
+
+@kernel(
+    families=["w8a8", "wf8af8"],
+    device="cuda",
+    layout=ROW_MAJOR,
+    cost=cost,
+    needs=[
+        *COMMON,
+        ANY_FLOAT,
+        weight_is("channel", "none"),
+        input_is("none"),
+        k_at_most(131071, "the int32 sum could overflow"),
+    ],
+    epilogues=EPILOGUES,
+    faults=[{"dtype": torch.float64}, {"k": 131072}, {"k": 40}],
+)
+def cuda_w8a8(scheme, x, packed, bias, epilogue):
+    q, n = scheme.input.quantize(x), packed[0].shape[0]
+    return _linear(q.codes, q.scale, None, packed, bias, scheme, epilogue, n, x.dtype)

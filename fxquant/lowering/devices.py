@@ -48,6 +48,8 @@ def _cuda_row(index: int) -> Device:
     bandwidth, peak = next((r for k, r in _CUDA_ROWS.items() if k in name), _CUDA_DEFAULT)
     levels = (75, 80, 86, 89, 90, 100, 120)
     features = frozenset(f"sm{level}" for level in levels if major * 10 + minor >= level)
+    if (major, minor) == (9, 0):  # wgmma and 227 KiB of shared memory: no later generation has both
+        features |= {"hopper"}
     units = torch.cuda.get_device_properties(index).multi_processor_count
     return Device(
         name=name,

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
 from ..ops import ACTIVATIONS, LIBRARY, define
-from ..scheme import Quantized, Scheme, get_scheme
+from ..scheme import Quantized, QuantSpec, Scheme, get_scheme
 from .kernel import CANONICAL, KERNELS, LAYOUTS
 
 
@@ -18,15 +20,41 @@ def pack(
     """Canonical codes and qparams in a kernel's layout. Outputs never alias the inputs."""
     inputs = [t for t in (codes, scale, zero) if t is not None]
     packed = LAYOUTS[layout].pack(get_scheme(scheme), Quantized(codes, scale, zero))
+    if codes.is_cuda and not torch.cuda.is_current_stream_capturing():
+        # kernels fetch their weight before the kernel ahead of them has ended: it must not be this one
+        torch.cuda.current_stream(codes.device).synchronize()
     return [t.clone() if any(t is i for i in inputs) else t for t in packed]
 
 
+@dataclass(frozen=True)
+class Prequantized:
+    """Stands for ``scheme.input`` where the activations were quantized before: ``quantize`` is free."""
+
+    spec: QuantSpec
+    codes: Quantized
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.spec, name)
+
+    def quantize(self, x: torch.Tensor) -> Quantized:
+        return self.codes
+
+
+def prequantized(scheme: Scheme, codes: Sequence[torch.Tensor | None]) -> Scheme:
+    """``scheme`` for one call, with the activations' (codes, scale[, zero]) at hand."""
+    if scheme.input is None:
+        return scheme
+    spec: Any = Prequantized(scheme.input, Quantized(*codes, *[None] * (3 - len(codes))))  # type: ignore
+    return replace(scheme, input=spec)
+
+
 @define(
-    "dispatch(Tensor x, Tensor[] packed, Tensor? bias, str scheme, str layout, str plan,"
+    "dispatch(Tensor x, Tensor[] codes, Tensor[] packed, Tensor? bias, str scheme, str layout, str plan,"
     " str epilogue, int n) -> Tensor"
 )
 def dispatch(
     x: torch.Tensor,
+    codes: list[torch.Tensor],
     packed: list[torch.Tensor],
     bias: torch.Tensor | None,
     scheme: str,
@@ -35,17 +63,23 @@ def dispatch(
     epilogue: str,
     n: int,
 ) -> torch.Tensor:
-    """Run the kernel that ``plan`` names for this number of rows ("a<17;b<257;c": a below 17, ...)."""
+    """Run the kernel that ``plan`` names for this number of rows ("a<17;b<257;c": a below 17, ...).
+
+    codes: ``x`` as the scheme quantizes it, or nothing where it does not.
+    """
     rows, name = x.shape[0], ""
     for step in plan.split(";"):
         name, _, limit = step.partition("<")
         if not limit or rows < int(limit):
             break
-    return run_kernel(name, get_scheme(scheme), layout, x, packed, bias, epilogue, n)
+    row = prequantized(get_scheme(scheme), codes)
+    return run_kernel(name, row, layout, x, packed, bias, epilogue, n)
 
 
 @torch.library.register_fake("fxquant::dispatch", lib=LIBRARY, allow_override=True)
-def _dispatch_fake(x, packed, bias, scheme, layout, plan, epilogue, n):  # the choice needs a real M
+def _dispatch_fake(
+    x, codes, packed, bias, scheme, layout, plan, epilogue, n
+):  # the choice needs a real M
     return x.new_empty(x.shape[0], n)
 
 

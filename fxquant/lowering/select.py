@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from pathlib import Path
 
 from .cost import _compiled, crossovers
 from .kernel import CANONICAL, KERNELS, LAYOUTS, Kernel, Layout, Problem
+from .tuning import tuned_kernels, tuned_shapes, tuned_table
 
 FALLBACK = "dequantize"
 
@@ -42,6 +41,12 @@ def select(problem: Problem) -> Choice:
     All kernels of a choice share a layout, so that prefill and decode share one packed weight.
     """
     return _select(replace(problem, m=None))
+
+
+def forget() -> None:
+    """Choose anew: measured tables have changed."""
+    for cached in (_select, tuned_table, tuned_shapes):
+        cached.cache_clear()
 
 
 @lru_cache(maxsize=1024)
@@ -80,16 +85,8 @@ def _not_chosen(usable: list[Kernel], chosen: list[Kernel]) -> dict[str, str]:
 
 def _tuned(problem: Problem, usable: list[Kernel]) -> list[tuple[Kernel, int]]:
     """The measured steps for this shape, if every kernel of them can be used here."""
-    key = f"{problem.scheme.name} {problem.n}x{problem.k}"
-    steps = tuned_table(problem.device.name).get(key, [])
+    steps = tuned_kernels(problem.device.name, problem.scheme.name, problem.n, problem.k)
     known = {k.name: k for k in usable}
-    if not steps or any(name not in known for name, _ in steps):
+    if any(name not in known for name, _ in steps):
         return []
     return [(known[name], first) for name, first in steps]
-
-
-@lru_cache
-def tuned_table(device: str) -> dict[str, list[tuple[str, int]]]:
-    """``tuned/<device>.json``: ``{"<scheme> <n>x<k>": [[kernel, first M], ...]}``."""
-    path = Path(__file__).parent / "tuned" / f"{device.replace(' ', '_')}.json"
-    return json.loads(path.read_text()) if path.is_file() else {}

@@ -13,10 +13,13 @@ Keys are ``<scheme> <n>x<k>``; each step is valid from its number of rows to the
 from __future__ import annotations
 
 import json
+import math
 import os
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
+
+from ..scheme import SCHEMES
 
 SHIPPED = Path(__file__).parent / "tuned"
 SECTIONS = ("kernels", "shapes")
@@ -34,7 +37,7 @@ def _file(device: str) -> str:
 
 @lru_cache
 def tuned_table(device: str) -> dict[str, dict[str, list[Any]]]:
-    """Both tables as one; ``tuned_table.cache_clear()`` reads them again."""
+    """Both tables as one; ``select.forget()`` has them read again."""
     merged: dict[str, dict[str, list[Any]]] = {section: {} for section in SECTIONS}
     for path in (SHIPPED / _file(device), user_table(device)):
         if path.is_file():
@@ -50,10 +53,28 @@ def key(scheme: str, n: int, k: int) -> str:
 
 def tuned_kernels(device: str, scheme: str, n: int, k: int) -> list[tuple[str, int]]:
     """(kernel, first number of rows), or nothing."""
-    return [(name, first) for name, first in tuned_table(device)["kernels"].get(key(scheme, n, k), [])]
+    return [
+        (name, first) for name, first in tuned_table(device)["kernels"].get(key(scheme, n, k), [])
+    ]
 
 
-def tuned_shape(device: str, scheme: str, n: int, k: int, rows: int) -> list[int] | None:
-    """How ``cuda_stream`` cuts its blocks for this many rows, or None."""
-    steps = tuned_table(device)["shapes"].get(key(scheme, n, k), [])
-    return next((shape for first, shape in reversed(steps) if rows >= first), None)
+@lru_cache(maxsize=4096)
+def tuned_shapes(
+    device: str, scheme: str, family: str, n: int, k: int, rows: int
+) -> tuple[tuple[int, ...], ...]:
+    """How ``cuda_stream`` may cut its blocks for this many rows, the likeliest first: what was measured
+    for the layer itself, then for layers of the same scheme or family, by distance in n and k."""
+
+    def distance(entry: str) -> tuple[bool, float]:
+        name, _, size = entry.partition(" ")
+        there = [int(s) for s in size.split("x")]
+        return name != scheme, sum(abs(math.log(a / b)) for a, b in zip(there, (n, k), strict=True))
+
+    table = tuned_table(device)["shapes"]
+    alike = [
+        e for e in table if (known := SCHEMES.get(e.partition(" ")[0])) and known.family == family
+    ]
+    found = []
+    for entry in sorted(alike, key=distance):
+        found += [shape for first, shape in reversed(table[entry]) if rows >= first][:1]
+    return tuple(tuple(shape) for shape in found)

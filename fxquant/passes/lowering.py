@@ -111,7 +111,8 @@ def _call(
     """The kernel's own nodes where one is chosen, for Inductor to fuse; else ``dispatch``."""
     name, layout = problem.scheme.name, choice.layout.name
     if problem.m is None and len(choice.steps) > 1:
-        args = (x, packed, bias, name, layout, choice.plan, epilogue, problem.n)
+        codes = _codes(graph, node, problem, x)
+        args = (x, codes, packed, bias, name, layout, choice.plan, epilogue, problem.n)
         return emit(graph, node, ops.dispatch.default, *args)
     kernel = choice.at(problem.m or 0)
 
@@ -125,6 +126,18 @@ def _call(
     if problem.m is None or key not in bodies:  # equal layers share a trace, unless M is symbolic
         bodies[key] = trace_function(compute, *(value(a) for a in args))
     return inline(graph, node, bodies[key], args)
+
+
+def _codes(graph: fx.Graph, node: fx.Node, problem: Problem, x: fx.Node) -> list[fx.Node]:
+    """``x`` quantized by nodes of the graph, which Inductor fuses; nothing where it stays float."""
+    spec = problem.scheme.input
+    if spec is None:
+        return []
+
+    def quantize(x: torch.Tensor) -> list[torch.Tensor]:
+        return [t for t in spec.quantize(x) if t is not None]
+
+    return inline(graph, node, trace_function(quantize, value(x)), [x])
 
 
 def _report(gm: fx.GraphModule, node: fx.Node, problem: Problem, choice: Choice) -> None:

@@ -166,7 +166,7 @@ def test_symbolic_rows_dispatch_when_called(own_kernel):
     wanted = {rows: gm(x) for rows, x in _batches().items()}
     through(gm, passes.lower(), passes.verify)
     found = calls(gm, ops.dispatch.default)
-    assert [n.args[5:] for n in found] == [
+    assert [n.args[6:] for n in found] == [
         ("flipped<17;dequantize", "gelu", 128),
         ("flipped<17;dequantize", "", 32),
     ]

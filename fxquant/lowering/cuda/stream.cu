@@ -19,7 +19,6 @@
 //   STEP (k of a pipeline stage), STAGES; WARPGROUP: four warps multiply together (wgmma);
 //   Y_TYPE, BIAS_TYPE: 0 none, 1 bfloat16, 2 float16, 3 float32; ACTIVATION: 0 none, 1 relu,
 //   2 gelu, 3 gelu_tanh, 4 silu.
-// LOW_MASK, a constant that the compiler must not know, comes as an argument.
 
 typedef unsigned int u32;
 typedef unsigned short u16;
@@ -65,7 +64,6 @@ struct Arguments {
   const void* bias;
   void* y;
   int m, n, k, ldx;
-  u32 low_mask;
 };
 
 __device__ __forceinline__ u32 shared_address(const void* p) {
@@ -106,7 +104,7 @@ __device__ __forceinline__ void group_barrier(int group) {
   if (WARPS_N == 1)
     __syncwarp();
   else
-    asm volatile("bar.sync %0, %1;" ::"r"(group + 1), "n"(GROUP_THREADS) : "memory");
+    asm volatile("bar.sync %0, %1;" ::"r"(WARPS_K == 1 ? 1 : group + 1), "n"(GROUP_THREADS) : "memory");
 }
 
 template <int WORDS>
@@ -168,22 +166,24 @@ __device__ __forceinline__ u32 fma2(u32 a, u32 b, u32 c) {
   return d;
 }
 
-constexpr u32 ONE = X_HALF ? 0x3c003c00u : 0x3f803f80u;
 constexpr u32 MINUS_ZERO = 0x80008000u;
 
-// Codes become floats by writing them under an exponent whose last mantissa bit is worth one:
-// 128 + u in bfloat16, 1024 + u in float16. The rest of the arithmetic is exact until the scale.
-constexpr u32 BASE = X_HALF ? 0x64006400u : 0x43004300u;
+// Codes are floats as they are: u below 256 in the low bits of a bfloat16 is u * 2^-133 (of a float16,
+// u * 2^-24), because numbers below the second exponent are evenly spaced. One fma makes the weight
+// of it; the scales in the stream are multiplied by 2^133, and each row's by a power of two that
+// keeps that finite, which w_scale takes back.
 
 struct Qparams {
-  u32 scale[2], zero[2];  // of rows g and g + 8, each twice in a word
+  u32 scale[2], shift[2];  // of rows g and g + 8, each twice in a word: weight = u * scale + shift
 };
 
 __device__ __forceinline__ Qparams load_qparams(u32 at, int g) {
+  constexpr u32 MIDDLE = 1u << (BITS - 1);
+  constexpr u32 MINUS_MIDDLE = MIDDLE << 16 | MIDDLE | MINUS_ZERO;
   Qparams q;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    u32 pair;
+    u32 pair, zero = MINUS_ZERO;
     if (ZERO) {
       asm volatile("ld.shared.b32 %0, [%1];" : "=r"(pair) : "r"(at + 4 * (g + 8 * half)));
     } else {
@@ -192,43 +192,41 @@ __device__ __forceinline__ Qparams load_qparams(u32 at, int g) {
       pair = scale;
     }
     if (X_HALF) {  // qparams are bfloat16
-      u32 s = narrow(__uint_as_float(pair << 16), 2), z = narrow(__uint_as_float(pair & 0xffff0000u), 2);
+      u32 s = narrow(__uint_as_float(pair << 16) * 0x1p-109f, 2), z = narrow(__uint_as_float(pair & 0xffff0000u), 2);
       q.scale[half] = s | s << 16;
-      q.zero[half] = ZERO ? z | z << 16 : MINUS_ZERO;
+      if (ZERO) zero = z | z << 16;
     } else {
       q.scale[half] = __byte_perm(pair, 0, 0x1010);
-      q.zero[half] = ZERO ? __byte_perm(pair, 0, 0x3232) : MINUS_ZERO;
+      if (ZERO) zero = __byte_perm(pair, 0, 0x3232);
     }
+    q.shift[half] = fma2(q.scale[half], MINUS_MIDDLE, zero);
   }
   return q;
 }
 
+constexpr float SUM_FACTOR = BITS == 8 && !FLOAT8 && X_BITS == 16 ? (X_HALF ? 512.0f : 128.0f) : 1.0f;
+
 // The lane's 16 weights of a block as the left operands of two k16 products: a[s][0..3].
-__device__ __forceinline__ void widen_weights(const Words<BITS / 2>& w, const Qparams& q, u32 low_mask, u32 (&a)[2][4]) {
+__device__ __forceinline__ void widen_weights(const Words<BITS / 2>& w, const Qparams& q, u32 (&a)[2][4]) {
 #pragma unroll
   for (int half = 0; half < 2; ++half)
 #pragma unroll
     for (int p = 0; p < 4; ++p) {  // two neighbours in k
       u32& out = a[p / 2][2 * (p % 2) + half];
       if constexpr (BITS <= 4) {
-        constexpr u32 MIDDLE = 1u << (BITS - 1);  // base + middle, negative
-        constexpr u32 CENTER = (BASE + (MIDDLE << 16 | MIDDLE)) | MINUS_ZERO;
-        u32 word = BITS == 4 ? w.w[half % (BITS / 2)] >> (4 * p) : w.w[0] >> (2 * p + 8 * half);
-        out = fma2(fma2((word & low_mask) | BASE, ONE, CENTER), q.scale[half], q.zero[half]);
+        const u32 word = BITS == 4 ? w.w[half % (BITS / 2)] >> (4 * p) : w.w[0] >> (2 * p + 8 * half);
+        out = fma2(word & (BITS == 4 ? 0x000f000fu : 0x00030003u), q.scale[half], q.shift[half]);
       } else if constexpr (FLOAT8) {
         // e4m3's exponent and mantissa fit below either type's sign; its bias is repaired by a
         // product with a power of two, which is exact (subnormals included).
         constexpr int SHIFT = X_HALF ? 1 : 4;
         constexpr u32 MANTISSA = X_HALF ? 0x3f803f80u : 0x07f007f0u;
         constexpr u32 REBIAS = X_HALF ? 0x5c005c00u : 0x7b807b80u;  // 2^8, 2^120
-        u32 word = w.w[2 * half + p / 2] << (p % 2 ? 0 : 8);
+        const u32 word = w.w[2 * half + p / 2] << (p % 2 ? 0 : 8);
         out = fma2((word & MINUS_ZERO) | ((word >> SHIFT) & MANTISSA), REBIAS, MINUS_ZERO);
-      } else {
-        u32 word = w.w[2 * half + p / 2] >> (p % 2 ? 8 : 0);
-        if constexpr (X_HALF)
-          out = fma2(((word ^ 0x00800080u) & 0x00ff00ffu) | BASE, ONE, 0xe480e480u);  // - 1152
-        else  // 128 + the low seven bits, less 128, or 256 where the sign is set
-          out = fma2((word & 0x00800080u) | BASE, ONE | MINUS_ZERO, (word & 0x007f007fu) | BASE);
+      } else {  // u - 128 in units of 2^-7 (float16: 2^-9), exact: SUM_FACTOR follows
+        const u32 codes = __byte_perm(w.w[2 * half + p / 2], 0, p % 2 ? 0x4341 : 0x4240);
+        out = X_HALF ? fma2(codes, 0x78007800u, 0xb400b400u) : fma2(codes, 0x7e807e80u, 0xbf80bf80u);
       }
     }
 }
@@ -296,7 +294,7 @@ __device__ __forceinline__ void end_products() {
 
 #if X_BITS == 16
 
-__device__ __forceinline__ void multiply(u32 weights, u32 x, int lane, u32 low_mask, Sums& sums) {
+__device__ __forceinline__ void multiply(u32 weights, u32 x, int lane, Sums& sums) {
   Qparams q[ROW_TILES];
 #pragma unroll
   for (int block = 0; block < STEP / 32; ++block) {
@@ -307,7 +305,7 @@ __device__ __forceinline__ void multiply(u32 weights, u32 x, int lane, u32 low_m
       const u32 at = unit + r * STEP_BYTES;
       if (GROUPED && block % (UNIT / 32) == 0) q[r] = load_qparams(at + UNIT_BYTES - QPARAM_BYTES, lane >> 2);
       const u32 mine = at + block % (UNIT / 32) * BLOCK_BYTES + lane * (BLOCK_BYTES / 32);
-      widen_weights(load_shared<BITS / 2>(mine), q[r], low_mask, a[r]);
+      widen_weights(load_shared<BITS / 2>(mine), q[r], a[r]);
     }
 #if WARPGROUP
     begin_products();
@@ -346,7 +344,7 @@ __device__ __forceinline__ void load_weights(u32 at, int lane, u32 (&a)[4]) {
 
 #if CHUNK == 0
 
-__device__ __forceinline__ void multiply(u32 weights, u32 x, int lane, u32, Sums& sums) {
+__device__ __forceinline__ void multiply(u32 weights, u32 x, int lane, Sums& sums) {
 #pragma unroll
   for (int block = 0; block < STEP / 32; ++block) {
     u32 a[ROW_TILES][4];
@@ -374,7 +372,7 @@ __device__ __forceinline__ void multiply(u32 weights, u32 x, int lane, u32, Sums
 // starts there, and leaves as a float by one subtraction.
 constexpr int MAGIC = 0x4b400000;
 
-__device__ __forceinline__ void multiply(u32 weights, u32 x, int lane, u32, Sums& sums) {
+__device__ __forceinline__ void multiply(u32 weights, u32 x, int lane, Sums& sums) {
   constexpr int BLOCKS = UNIT / 32;
 #pragma unroll
   for (int chunk = 0; chunk < STEP / UNIT; ++chunk) {
@@ -450,7 +448,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) stream_linear(const Arg
   const int first_token = blockIdx.y * TOKENS;
   const int my_steps = (steps - group + WARPS_K - 1) / WARPS_K;
   const u32 ring = shared_address(memory) + group * (STAGES * STAGE_BYTES);
-  const u32 low_mask = p.low_mask;
   const u64 once = keep_policy(false), again = keep_policy(true);
 
   // Rows past the last are the last again: computed, never stored.
@@ -516,7 +513,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) stream_linear(const Arg
     }
     commit();
     const u32 stage = ring + i % STAGES * STAGE_BYTES;
-    multiply(stage + X_BYTES + warp_n * W_BYTES, stage, lane, low_mask, sums);
+    multiply(stage + X_BYTES + warp_n * W_BYTES, stage, lane, sums);
   }
 
 #if WARPGROUP
@@ -547,7 +544,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) stream_linear(const Arg
     float y = static_cast<float>(sum);
     if (X_ZERO) y -= p.x_zero[m] * p.w_sum[n];
     if (X_BITS == 8) y *= p.x_scale[m];
-    if (!GROUPED) y *= p.w_scale[n];
+    if (!GROUPED || X_BITS == 16) y *= p.w_scale[n] * SUM_FACTOR;
     if (BIAS_TYPE == 3) y += static_cast<const float*>(p.bias)[n];
     if (BIAS_TYPE == 1 || BIAS_TYPE == 2) y += widen(static_cast<const u16*>(p.bias)[n], BIAS_TYPE);
     y = activate(y);
@@ -571,14 +568,14 @@ struct Unpacked {
 
 __device__ __forceinline__ float weight_at(const Words<BITS / 2>& w, int half, int kk) {
 #if BITS == 8
-  const int byte = kk % 4 == 1 ? 2 : kk % 4 == 2 ? 1 : kk % 4;
+  const int byte = kk % 4 == 1 ? 2 : kk % 4 == 2 ? 1 : kk % 4;  // (k, k + 1) are (bytes 0 and 2), (1 and 3)
   const u32 code = w.w[2 * half + kk / 4] >> (8 * byte) & 0xff;
 #if FLOAT8
   u32 pair;
   asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(pair) : "h"(static_cast<u16>(code)));
   return widen(static_cast<u16>(pair), 2);
 #else
-  return static_cast<float>(static_cast<signed char>(code));
+  return static_cast<float>(static_cast<int>(code) - 128);
 #endif
 #elif BITS == 4
   const int nibble = X_BITS == 16 ? kk % 2 * 4 + kk / 2 : kk < 4 ? 2 * kk + 1 : 2 * (kk - 4);
@@ -600,9 +597,10 @@ extern "C" __global__ void __launch_bounds__(256) stream_dequantize(const Unpack
   for (int half = 0; half < 2; ++half) {
     const int row = lane / 4 + 8 * half;
     const u16* qparams = reinterpret_cast<const u16*>(from + UNIT_BYTES - QPARAM_BYTES);
-    scale[half] = GROUPED ? widen(qparams[ZERO ? 2 * row : row], 1)
-                          : p.w_scale[min((p.first_tile + tile) * 16 + row, p.n - 1)];
-    if (ZERO) zero[half] = widen(qparams[2 * row + 1], 1);
+    const float power = X_BITS == 16 ? p.w_scale[min((p.first_tile + tile) * 16 + row, p.n - 1)] : 1.0f;
+    scale[half] = power * (GROUPED ? widen(qparams[ZERO ? 2 * row : row], 1) * (X_BITS == 16 ? 0x1p-100f : 1.0f) : 1.0f);
+    if (GROUPED && X_BITS == 16) scale[half] *= 0x1p-33f;
+    if (ZERO) zero[half] = power * widen(qparams[2 * row + 1], 1);
   }
 #pragma unroll
   for (int block = 0; block < UNIT / 32; ++block) {

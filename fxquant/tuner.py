@@ -1,0 +1,282 @@
+"""tune(): measure the kernels on a model's own shapes, and keep the result for this machine.
+
+For each (scheme, n, k) and each range of rows the kernels of the layer's layout are timed, and
+``cuda_stream`` under each way to cut its blocks. The fastest go to the user's table
+(``lowering/tuning.py``), which every later compile reads.
+"""
+
+from __future__ import annotations
+
+import datetime
+import itertools
+import json
+import os
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from tabulate import tabulate
+from torch import nn
+from tqdm import tqdm
+
+from .backend import linears_of
+from .errors import InvalidOption
+from .lowering import cuda_stream
+from .lowering.cuda_stream import Shape
+from .lowering.devices import device_row
+from .lowering.dispatch import prequantized, run_kernel
+from .lowering.kernel import KERNELS, Problem
+from .lowering.select import FALLBACK, forget, select
+from .lowering.tuning import SECTIONS, key, user_table
+from .measure import copies, replayed
+from .scheme import Scheme, get_scheme
+
+ROWS = (1, 8, 16, 32, 64, 128, 256, 512, 2048, 4096)
+"""A reading at one of these stands for the rows above the one before it."""
+
+_FEW = [  # warps_n, warps_k, row_tiles, step, stages, warpgroup
+    *((2, 4, 1, 256, 3, 0), (1, 4, 2, 256, 3, 0), (1, 8, 2, 128, 3, 0), (2, 2, 2, 128, 4, 0)),
+    *((4, 2, 1, 256, 4, 0), (4, 2, 2, 128, 4, 0), (4, 2, 2, 128, 6, 0), (4, 1, 2, 256, 4, 0)),
+    *((1, 8, 1, 256, 3, 0), (1, 16, 1, 128, 3, 0), (2, 4, 2, 128, 4, 0), (2, 8, 1, 128, 4, 0)),
+    *((1, 4, 1, 64, 6, 0), (4, 1, 1, 32, 6, 0)),
+]
+_SOME = [
+    *((4, 1, 2, 256, 3, 0), (4, 2, 2, 128, 4, 0), (8, 2, 2, 128, 3, 0), (2, 4, 2, 128, 4, 0)),
+    *((8, 1, 2, 128, 4, 0), (1, 8, 1, 128, 3, 0), (4, 4, 1, 128, 3, 0), (4, 1, 1, 32, 6, 0)),
+    *((4, 2, 2, 128, 4, 1), (8, 1, 1, 256, 4, 1), (4, 2, 1, 128, 5, 1), (8, 1, 1, 128, 5, 1)),
+    *((4, 4, 1, 128, 4, 1), (4, 2, 1, 64, 6, 1)),
+]
+_MANY = [
+    *((8, 1, 2, 256, 3, 1), (8, 1, 2, 128, 4, 1), (8, 1, 1, 128, 4, 1), (4, 1, 2, 128, 4, 1)),
+    *((4, 1, 2, 256, 3, 1), (8, 1, 1, 128, 3, 1), (8, 1, 2, 64, 4, 1), (4, 1, 1, 128, 3, 1)),
+    *((4, 2, 1, 128, 4, 1), (4, 4, 1, 128, 3, 1), (12, 1, 1, 128, 3, 1), (4, 1, 1, 64, 6, 1)),
+    *((4, 1, 2, 128, 3, 0), (8, 1, 2, 128, 3, 0), (4, 2, 2, 128, 3, 0)),
+]
+
+
+def cuts(scheme: Scheme, k: int, rows: int) -> list[Shape]:
+    """The ways to cut ``cuda_stream``'s blocks that are worth a measurement."""
+    form = cuda_stream.format_of(scheme)
+    if rows <= 16:
+        tokens, parts = [rows if rows == 1 else -(-rows // 8) * 8], _FEW if rows == 1 else _SOME
+    else:
+        tokens, parts = [min(-(-rows // 8) * 8, 128)], _MANY
+    if rows > 128:
+        tokens = [128, 256]
+    found = []
+    for count, (warps_n, warps_k, tiles, step, stages, group) in itertools.product(tokens, parts):
+        shape = Shape(warps_n, warps_k, tiles, count, step, stages, group)
+        registers = tiles * count / 2 * (2 if form.chunk and form.x_bits == 8 and group else 1)
+        if registers <= 128 and shape.fits(form, k):
+            found.append(shape)
+    return found
+
+
+def build(scheme: Scheme, shapes: Iterable[Shape], x: torch.dtype, device: torch.device) -> None:
+    """Compile all these cuts at once: the compiler leaves Python's lock to others."""
+    form, y = cuda_stream.format_of(scheme), torch.bfloat16
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for shape in shapes:
+            pool.submit(cuda_stream.compiled, form, shape, x, y, None, "", device.index)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """One measurement: seconds for a linear, bfloat16's beside it."""
+
+    scheme: str
+    n: int
+    k: int
+    rows: int
+    kernel: str
+    shape: tuple[int, ...] | None
+    seconds: float
+    bfloat16: float
+
+
+class _Subject:
+    """One weight, packed and repeated past the cache, and its activations."""
+
+    def __init__(self, scheme: Scheme, n: int, k: int, device: torch.device):
+        self.scheme, self.n, self.k, self.device = scheme, n, k, device
+        problem = Problem(
+            scheme=scheme, n=n, k=k, m=None, dtype=torch.bfloat16, bias=False,
+            device=device_row(device),
+        )  # fmt: skip
+        self.problem, self.layout = problem, select(problem).layout
+        generator = torch.Generator(device).manual_seed(0)
+        weight = torch.randn(n, k, device=device, generator=generator) * k**-0.5
+        self.packs = copies(self.layout.pack(scheme, scheme.weight.quantize(weight)))
+        self.float = copies([weight.bfloat16()])
+
+    def kernels(self, rows: int) -> list[str]:
+        """Those of the layout which can serve; the fallback only where nothing else can."""
+        at = replace(self.problem, m=rows)
+        names = [
+            k.name
+            for k in KERNELS.values()
+            if k.layout.name == self.layout.name and k.refusal(at) is None
+        ]
+        return [n for n in names if n != FALLBACK] or names
+
+    def read(self, rows: int, emit: Callable[[Reading], None]) -> None:
+        x = torch.randn(rows, self.k, device=self.device, dtype=torch.bfloat16)
+        base = replayed([partial(F.linear, x, w) for (w,) in self.float])
+        with torch.no_grad():
+            for name in self.kernels(rows):
+                if name not in STREAMING:
+                    self.one(rows, name, None, self.other(name, x), base, emit)
+                    continue
+                operands, shapes = self.operands(x), cuts(self.scheme, self.k, rows)
+                build(self.scheme, shapes, operands[0].dtype, self.device)
+                for shape in shapes:
+                    self.one(rows, name, shape, partial(self.stream, shape, *operands), base, emit)
+
+    def one(
+        self,
+        rows: int,
+        name: str,
+        shape: Shape | None,
+        run: Callable[[Sequence[torch.Tensor]], Any],
+        base: float,
+        emit: Callable[[Reading], None],
+    ) -> None:
+        took = replayed([partial(run, packed) for packed in self.packs], span=1.5e-3, rounds=7)
+        emit(Reading(self.scheme.name, self.n, self.k, rows, name, shape, took, base))
+
+    def operands(self, x: torch.Tensor) -> tuple[torch.Tensor, Any, Any]:
+        """Activations as the kernel takes them: their quantization is not measured."""
+        if self.scheme.input is None:
+            return x, None, None
+        q = self.scheme.input.quantize(x)
+        flat = [None if t is None else t.float().reshape(-1).contiguous() for t in q[1:]]
+        return q.codes, flat[0], flat[1]
+
+    def stream(self, shape, x, scale, zero, packed) -> torch.Tensor:
+        return cuda_stream.run(
+            self.scheme, shape, x, scale, zero, packed, None, self.n, "", torch.bfloat16
+        )
+
+    def other(self, name: str, x: torch.Tensor) -> Callable[[Sequence[torch.Tensor]], Any]:
+        codes = [] if self.scheme.input is None else self.scheme.input.quantize(x)
+        scheme, layout = prequantized(self.scheme, codes), self.layout.name
+        return lambda packed: run_kernel(name, scheme, layout, x, packed, None, "", self.n)
+
+
+STREAMING = frozenset({"cuda_w4a16", "cuda_w8a16", "cuda_w4a8", "cuda_w8a8"})
+
+
+def best(readings: Iterable[Reading]) -> dict[str, dict[str, list[Any]]]:
+    """The table of the fastest: kernels and cuts by scheme and shape, in order of rows."""
+    table: dict[str, dict[str, list[Any]]] = {section: {} for section in SECTIONS}
+    ordered = sorted(readings, key=lambda r: (r.scheme, r.n, r.k, r.rows, r.seconds))
+    for (scheme, n, k), group in itertools.groupby(ordered, lambda r: (r.scheme, r.n, r.k)):
+        kernels: list[Any] = []
+        shapes: list[Any] = []
+        first = 0
+        for rows, found in itertools.groupby(group, lambda r: r.rows):
+            fastest = list(found)
+            if not kernels or kernels[-1][0] != fastest[0].kernel:
+                kernels.append([fastest[0].kernel, first])
+            cut = next((r.shape for r in fastest if r.shape is not None), None)
+            if cut is not None and (not shapes or shapes[-1][1] != list(cut)):
+                shapes.append([first, list(cut)])
+            first = rows + 1
+        table["kernels"][key(scheme, n, k)] = kernels
+        if shapes:
+            table["shapes"][key(scheme, n, k)] = shapes
+    return table
+
+
+def measure(
+    problems: Iterable[tuple[str, int, int]],
+    device: torch.device,
+    rows: Sequence[int] = ROWS,
+    progress: bool = True,
+) -> list[Reading]:
+    """Readings for every (scheme, n, k)."""
+    readings: list[Reading] = []
+    for scheme, n, k in tqdm(list(problems), desc="tune", disable=not progress):
+        subject = _Subject(get_scheme(scheme), n, k, device)
+        for count in rows:
+            subject.read(count, readings.append)
+        del subject
+        torch.cuda.empty_cache()
+    return readings
+
+
+def tune(
+    model: nn.Module | Iterable[tuple[int, int]],
+    scheme: str,
+    *,
+    rows: Sequence[int] = ROWS,
+    device: torch.device | str = "cuda",
+    path: Path | None = None,
+    progress: bool = True,
+) -> list[Reading]:
+    """Measure ``scheme`` on every linear shape of ``model``; later compiles use what was fastest.
+
+    model: a module, or (out_features, in_features) pairs. rows: at which numbers of rows to measure.
+    path: the table to update; by default the user's own for this device. Returns all readings.
+    Raises InvalidOption where there is no GPU to measure.
+    """
+    device = torch.device(device)
+    if device.type != "cuda" or not torch.cuda.is_available():
+        raise InvalidOption(
+            name="device", value=str(device), expected="a CUDA device of this machine"
+        )
+    device = torch.device("cuda", device.index or torch.cuda.current_device())
+    shapes = (
+        sorted({(layer.out_features, layer.in_features) for layer in linears_of([model])})
+        if isinstance(model, nn.Module)
+        else list(model)
+    )
+    name = get_scheme(scheme).name
+    readings = measure([(name, n, k) for n, k in shapes], device, rows, progress)
+    save(best(readings), path or user_table(device_row(device).name))
+    forget()
+    return readings
+
+
+def summary(readings: Iterable[Reading]) -> str:
+    """The fastest for each scheme, shape and number of rows, beside bfloat16."""
+    fastest: dict[tuple[str, int, int, int], Reading] = {}
+    for r in readings:
+        at = (r.scheme, r.n, r.k, r.rows)
+        if at not in fastest or r.seconds < fastest[at].seconds:
+            fastest[at] = r
+    lines = [
+        (r.scheme, f"{r.n}x{r.k}", r.rows, r.kernel, r.shape and " ".join(map(str, r.shape)),
+         f"{r.seconds * 1e6:.1f}", f"{r.bfloat16 / r.seconds:.2f}")
+        for r in fastest.values()
+    ]  # fmt: skip
+    headers = ("scheme", "shape", "rows", "kernel", "cut", "us", "x bf16")
+    return tabulate(lines, headers=headers)
+
+
+def save(table: dict[str, dict[str, list[Any]]], path: Path) -> None:
+    """Add ``table`` to the file at ``path``."""
+    content: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+    for section in SECTIONS:
+        content[section] = dict(sorted((content.get(section, {}) | table[section]).items()))
+    content["versions"] = {
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "date": datetime.date.today().isoformat(),
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(_compact(content))
+
+
+def _compact(content: dict[str, Any]) -> str:
+    """JSON with one line for each entry."""
+    parts = []
+    for name, section in content.items():
+        lines = ",\n".join(f"  {json.dumps(k)}: {json.dumps(v)}" for k, v in section.items())
+        parts.append(f" {json.dumps(name)}: {{\n{lines}\n }}")
+    return "{\n" + ",\n".join(parts) + "\n}\n"

@@ -1,0 +1,239 @@
+"""The CUDA C++ kernels: layouts and compilation everywhere, the three oracles on a Hopper GPU."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+
+import pytest
+import torch
+
+import fxquant
+from fxquant import tuner
+from fxquant.lowering import cuda_stream, nvrtc
+from fxquant.lowering.cuda_stream import Shape
+from fxquant.lowering.kernel import KERNELS, Device, Problem
+from fxquant.lowering.select import forget, select
+from fxquant.lowering.tuning import tuned_kernels, tuned_shapes
+from fxquant.scheme import get_scheme
+from tests import oracles
+
+HOPPER = Device(
+    name="some Hopper",
+    type="cuda",
+    bandwidth=4e12,
+    peak={"float32": 5e13, "bfloat16": 7e14, "int8": 1.15e15, "float8": 1.2e15},
+    launch=3e-6,
+    features=frozenset({"sm80", "sm89", "sm90", "hopper"}),
+    units=132,
+)
+STREAM = {
+    "cuda_w4a16": [
+        "int4wo-32",
+        "int4wo-64",
+        "int4wo-64-sym",
+        "int4wo-128",
+        "int4wo-256",
+        "int2wo-32",
+    ],
+    "cuda_w8a16": ["int8wo", "fp8wo"],
+    "cuda_w4a8": ["8da4w-32", "8da4w-64", "8da4w-128", "8da4w-256"],
+    "cuda_w8a8": ["int8dq", "fp8dq"],
+    "cuda_dequantize": ["int4wo-32", "int4wo-256-sym", "int2wo-64", "int8wo", "fp8wo"],
+    "cuda_dequantize_w4a8": ["8da4w-32", "8da4w-128"],
+}
+CASES = [(kernel, scheme) for kernel, schemes in STREAM.items() for scheme in schemes]
+ROWS = (0, 1, 2, 8, 9, 17, 64, 65, 129, 300)
+needs_compiler = pytest.mark.skipif(nvrtc.refusal() is not None, reason="needs NVRTC")
+needs_hopper = pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0),
+    reason="needs a Hopper GPU",
+)
+
+
+def problem(scheme: str, n: int = 4096, k: int = 4096, **changes) -> Problem:
+    dtype = changes.pop("dtype", torch.bfloat16)
+    row = get_scheme(scheme)
+    at = Problem(scheme=row, n=n, k=k, m=None, dtype=dtype, bias=False, device=HOPPER)
+    return replace(at, **changes)
+
+
+def variants(scheme: str, k: int, rows: int) -> list[Shape]:
+    """One cut of every kind: with and without wgmma, k split or not."""
+    cuts = tuner.cuts(get_scheme(scheme), k, rows)
+    return list({(c.warpgroup, c.warps_k > 1, c.row_tiles): c for c in cuts}.values())
+
+
+@pytest.mark.parametrize("scheme", sorted({s for _, s in CASES} - {"int8dq", "fp8dq"}))
+@pytest.mark.parametrize("n, k", [(16, 256), (37, 512), (1, 768)])
+def test_the_stream_gives_back_what_it_was_packed_from(scheme, n, k):
+    oracles.layout_round_trip(_with_layout(scheme), scheme, n, k)
+
+
+def _with_layout(scheme: str):
+    return next(KERNELS[kernel] for kernel, name in CASES if name == scheme)
+
+
+@pytest.mark.parametrize("scheme", ["int4wo-64", "8da4w-32", "int8wo"])
+def test_large_weights_are_packed_in_slabs(scheme, monkeypatch):
+    whole = oracles.random_sample(scheme, 0, 80, 512, torch.float32).weight
+    expected = cuda_stream.pack(get_scheme(scheme), whole)
+    monkeypatch.setattr(cuda_stream, "SLAB", 512 * 32)
+    for a, b in zip(expected, cuda_stream.pack(get_scheme(scheme), whole), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_extreme_scales_survive_the_stream():
+    """Rows with scales from 2**-60 to 2**60, and a group 2**40 smaller than its row's largest."""
+    scheme = get_scheme("int4wo-32")
+    q = oracles.random_sample(scheme, 0, 24, 128, torch.float32).weight
+    powers = torch.linspace(-60, 60, 24).round().exp2()[:, None]
+    scale = (q.scale.float() * powers).bfloat16()
+    scale[:, 1] *= 2.0**-40
+    zero = (q.zero.float() * powers).bfloat16()
+    extreme = q._replace(scale=scale, zero=zero)
+    back = cuda_stream.unpack(scheme, cuda_stream.pack(scheme, extreme), 24, 128)
+    assert torch.equal(back.scale, scale) and torch.equal(back.zero, zero)
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    "scheme", ["int4wo-64", "int2wo-32", "int8wo", "fp8wo", "8da4w-32", "int8dq", "fp8dq"]
+)
+def test_every_form_compiles_for_hopper(scheme):
+    form = cuda_stream.format_of(get_scheme(scheme))
+    shapes = [Shape(1, 4, 2, 1, 128, 4), Shape(4, 1, 2, 64, 128, 3, 1)]
+    for shape in (s for s in shapes if s.fits(form, 4096)):
+        constants = cuda_stream.defines(form, shape, x_half=0, y_type=1, bias_type=0, activation=4)
+        text = cuda_stream.source(form, shape, False)
+        assert nvrtc.compile_source(text, dict(constants), "sm_90a")[:4] == b"\x7fELF"
+
+
+@needs_compiler
+def test_a_source_that_does_not_compile_says_why():
+    with pytest.raises(fxquant.FxQuantError, match="undefined_name"):
+        nvrtc.compile_source("int f() { return undefined_name; }", {}, "sm_90a")
+
+
+@pytest.mark.skipif(nvrtc.refusal() is not None, reason="kernels refuse without NVRTC")
+@pytest.mark.parametrize("scheme", sorted(fxquant.SCHEMES))
+def test_hopper_gets_these_kernels_for_every_scheme(scheme):
+    choice = select(problem(scheme))
+    assert choice.at(1).name in {"cuda_w4a16", "cuda_w8a16", "cuda_w4a8", "cuda_w8a8"}
+    assert choice.at(16).name.startswith("cuda_")
+
+
+@pytest.mark.parametrize("kernel", STREAM)
+def test_refusals_come_with_a_reason(kernel, monkeypatch):
+    monkeypatch.setattr(nvrtc, "refusal", lambda: None)
+    served = KERNELS[kernel]
+    scheme = STREAM[kernel][0]
+    assert served.refusal(problem(scheme)) is None
+    for fault in served.faults:
+        assert served.refusal(problem(scheme, **fault)), fault
+    older = replace(HOPPER, features=HOPPER.features - {"hopper"})
+    assert "hopper" in served.refusal(problem(scheme, device=older))
+    monkeypatch.setattr(nvrtc, "refusal", lambda: "needs NVRTC")
+    assert served.refusal(problem(scheme)) == "needs NVRTC"
+
+
+def test_cuts_fit_and_cover_all_rows():
+    for scheme, k, rows in itertools.product(
+        ["int4wo-64", "int8dq", "fp8dq", "8da4w-128"], (896, 4096), tuner.ROWS
+    ):
+        form = cuda_stream.format_of(get_scheme(scheme))
+        found = tuner.cuts(get_scheme(scheme), k, rows)
+        assert found and all(s.fits(form, k) for s in found)
+
+
+def test_the_fastest_readings_become_the_table(tmp_path, monkeypatch):
+    def reading(rows, kernel, shape, seconds):
+        return tuner.Reading("int4wo-64", 512, 256, rows, kernel, shape, seconds, 1.0)
+
+    few, many = (1, 4, 2, 1, 128, 4, 0), (4, 1, 2, 64, 128, 3, 1)
+    readings = [
+        reading(1, "cuda_w4a16", few, 1.0),
+        reading(1, "cuda_w4a16", many, 2.0),
+        reading(64, "cuda_w4a16", many, 1.0),
+        reading(64, "cuda_dequantize", None, 3.0),
+        reading(4096, "cuda_dequantize", None, 1.0),
+    ]
+    table = tuner.best(readings)
+    assert table["kernels"] == {"int4wo-64 512x256": [["cuda_w4a16", 0], ["cuda_dequantize", 65]]}
+    assert table["shapes"] == {"int4wo-64 512x256": [[0, list(few)], [2, list(many)]]}
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(nvrtc, "refusal", lambda: None)
+    forget()
+    tuner.save(table, tmp_path / "fxquant" / "some_Hopper.json")
+    try:
+        assert tuned_kernels(HOPPER.name, "int4wo-64", 512, 256)[1] == ("cuda_dequantize", 65)
+        assert tuned_shapes(HOPPER.name, "int4wo-64", "w4a16", 512, 256, 40)[0] == many
+        assert tuned_shapes(HOPPER.name, "int4wo-128", "w4a16", 640, 256, 1)[0] == few, "the likest"
+        assert tuned_shapes(HOPPER.name, "int8wo", "w8a16", 512, 256, 1) == ()
+        choice = select(problem("int4wo-64", 512, 256))
+        assert choice.plan == "cuda_w4a16<65;cuda_dequantize"
+    finally:
+        monkeypatch.delenv("XDG_CACHE_HOME")
+        forget()
+
+
+@needs_hopper
+@pytest.mark.parametrize("kernel, scheme", CASES)
+@torch.no_grad()
+def test_exact_and_within_bounds(kernel, scheme):
+    """Small integers bit for bit, and random numbers within their allowance, at all numbers of rows."""
+    group = get_scheme(scheme).weight.group_size or 32
+    sizes = itertools.cycle(
+        [(48, 4 * group), (37, 1024), (1, 256), (200, 3 * max(group, 64)), (272, 1280)]
+    )
+    dtypes = itertools.cycle(
+        [torch.bfloat16, torch.float16] + [torch.float32] * (kernel in ("cuda_w8a8", "cuda_w4a8"))
+    )
+    for rows, bias in itertools.product(ROWS, (False, True)):
+        (n, k), dtype = next(sizes), next(dtypes)
+        oracles.exact_probe(kernel, scheme, rows, n, k, dtype, bias, "cuda")
+        epilogue = "silu" if bias and KERNELS[kernel].epilogues else ""
+        oracles.elementwise_bound(kernel, scheme, rows, n, k, dtype, bias, "cuda", epilogue)
+    oracles.recipe_sqnr(kernel, scheme, torch.bfloat16, "cuda")
+
+
+@needs_hopper
+@pytest.mark.parametrize(
+    "scheme", ["int4wo-64", "int8wo", "fp8wo", "8da4w-32", "8da4w-128", "int8dq", "fp8dq"]
+)
+@torch.no_grad()
+def test_every_cut_is_exact_and_repeats_itself(scheme):
+    row = get_scheme(scheme)
+    kernel = next(KERNELS[name] for name, served in STREAM.items() if scheme in served)
+    n, k = 208, 1024
+    for rows in (1, 13, 40, 200):
+        sample = oracles.exact_sample(row, rows, n, k, torch.bfloat16)
+        expected = oracles.reference(sample, device="cuda").float().bfloat16()
+        on = sample.to("cuda")
+        packed = kernel.layout.pack(row, on.weight)
+        x, scale, zero = (on.x, None, None) if row.input is None else row.input.quantize(on.x)
+        scale, zero = (
+            None if t is None else t.float().reshape(-1).contiguous() for t in (scale, zero)
+        )
+        cuts = tuner.cuts(row, k, rows)
+        tuner.build(row, cuts, x.dtype, x.device)
+        for shape in cuts:
+            arguments = (row, shape, x, scale, zero, packed, None, n, "", torch.bfloat16)
+            y = cuda_stream.run(*arguments)
+            oracles.assert_equal(y.cpu(), expected, f"{scheme}, {rows} rows, {shape}")
+            assert torch.equal(y, cuda_stream.run(*arguments)), "bit-identical from run to run"
+
+
+@needs_hopper
+@torch.no_grad()
+def test_rows_beside_the_activations_do_not_matter():
+    """The activations are three rows of a larger tensor full of NaN."""
+    scheme = get_scheme("int4wo-64")
+    sample = oracles.random_sample(scheme, 3, 40, 256, torch.bfloat16).to("cuda")
+    x = torch.full((5, 256), torch.nan, device="cuda", dtype=torch.bfloat16)
+    x[1:4] = sample.x
+    packed = cuda_stream.pack(scheme, sample.weight)
+    op = torch.ops.fxquant.stream_linear
+    y = op(x[1:4], None, None, packed, None, "int4wo-64", "", 40, x.dtype)
+    expected = oracles.run("cuda_w4a16", sample)
+    oracles.assert_equal(y.cpu(), expected.cpu(), "rows beside others, of NaN")
