@@ -39,41 +39,55 @@ from .scheme import Scheme, get_scheme
 ROWS = (1, 8, 16, 32, 64, 128, 256, 512, 2048, 4096)
 """A reading at one of these stands for the rows above the one before it."""
 
-_FEW = [  # warps_n, warps_k, row_tiles, step, stages, warpgroup
-    *((2, 4, 1, 256, 3, 0), (1, 4, 2, 256, 3, 0), (1, 8, 2, 128, 3, 0), (2, 2, 2, 128, 4, 0)),
-    *((4, 2, 1, 256, 4, 0), (4, 2, 2, 128, 4, 0), (4, 2, 2, 128, 6, 0), (4, 1, 2, 256, 4, 0)),
-    *((1, 8, 1, 256, 3, 0), (1, 16, 1, 128, 3, 0), (2, 4, 2, 128, 4, 0), (2, 8, 1, 128, 4, 0)),
-    *((1, 4, 1, 64, 6, 0), (4, 1, 1, 32, 6, 0)),
+_FEW = [  # warps_n, warps_k, row_tiles, step, stages, warpgroup, blocks
+    *((2, 4, 1, 256, 3, 0, 1), (1, 4, 2, 256, 3, 0, 1), (1, 8, 2, 128, 3, 0, 1)),
+    *((4, 2, 1, 256, 4, 0, 1), (4, 2, 2, 128, 4, 0, 1), (4, 2, 2, 128, 6, 0, 1)),
+    *((1, 8, 1, 256, 3, 0, 1), (1, 16, 1, 128, 3, 0, 1), (2, 4, 2, 128, 4, 0, 1)),
+    *((8, 1, 1, 256, 4, 0, 1), (4, 1, 2, 256, 4, 0, 1), (2, 2, 2, 256, 4, 0, 1)),
+    *((1, 4, 1, 64, 6, 0, 1), (4, 1, 1, 32, 6, 0, 1), (1, 4, 2, 512, 3, 0, 1)),
 ]
 _SOME = [
-    *((4, 1, 2, 256, 3, 0), (4, 2, 2, 128, 4, 0), (8, 2, 2, 128, 3, 0), (2, 4, 2, 128, 4, 0)),
-    *((8, 1, 2, 128, 4, 0), (1, 8, 1, 128, 3, 0), (4, 4, 1, 128, 3, 0), (4, 1, 1, 32, 6, 0)),
-    *((4, 2, 2, 128, 4, 1), (8, 1, 1, 256, 4, 1), (4, 2, 1, 128, 5, 1), (8, 1, 1, 128, 5, 1)),
-    *((4, 4, 1, 128, 4, 1), (4, 2, 1, 64, 6, 1)),
+    *((4, 1, 2, 256, 3, 0, 1), (4, 2, 2, 128, 4, 0, 1), (8, 2, 2, 128, 3, 0, 1)),
+    *((8, 1, 2, 128, 4, 0, 1), (1, 8, 1, 128, 3, 0, 1), (4, 4, 1, 128, 3, 0, 1)),
+    *((4, 2, 1, 256, 3, 0, 1), (2, 4, 2, 128, 4, 0, 1), (4, 1, 1, 32, 6, 0, 1)),
+    *((4, 2, 2, 128, 4, 1, 1), (8, 1, 1, 256, 4, 1, 1), (4, 2, 1, 128, 5, 1, 1)),
+    *((8, 1, 1, 128, 5, 1, 1), (4, 4, 1, 128, 4, 1, 1), (4, 2, 1, 64, 6, 1, 1)),
 ]
 _MANY = [
-    *((8, 1, 2, 256, 3, 1), (8, 1, 2, 128, 4, 1), (8, 1, 1, 128, 4, 1), (4, 1, 2, 128, 4, 1)),
-    *((4, 1, 2, 256, 3, 1), (8, 1, 1, 128, 3, 1), (8, 1, 2, 64, 4, 1), (4, 1, 1, 128, 3, 1)),
-    *((4, 2, 1, 128, 4, 1), (4, 4, 1, 128, 3, 1), (12, 1, 1, 128, 3, 1), (4, 1, 1, 64, 6, 1)),
-    *((4, 1, 2, 128, 3, 0), (8, 1, 2, 128, 3, 0), (4, 2, 2, 128, 3, 0)),
+    *((8, 1, 2, 256, 3, 1, 1), (8, 1, 2, 128, 4, 1, 1), (8, 1, 1, 128, 4, 1, 1)),
+    *((4, 1, 2, 128, 4, 1, 1), (4, 1, 2, 256, 3, 1, 1), (8, 1, 1, 128, 3, 1, 2)),
+    *((4, 1, 1, 128, 3, 1, 3), (4, 1, 1, 128, 4, 1, 2), (4, 1, 2, 128, 3, 1, 2)),
+    *((8, 1, 1, 64, 4, 1, 2), (4, 1, 1, 64, 4, 1, 4), (8, 1, 2, 64, 4, 1, 1)),
+    *((4, 2, 1, 128, 3, 1, 1), (4, 4, 1, 64, 4, 1, 1), (12, 1, 1, 128, 3, 1, 1)),
+    *((16, 1, 1, 128, 3, 1, 1), (4, 1, 2, 128, 3, 0, 1), (8, 1, 2, 128, 3, 0, 1)),
 ]
 
+MULTIPROCESSORS = 132
+"""Of a Hopper GPU: with fewer blocks than this, k is split among more."""
 
-def cuts(scheme: Scheme, k: int, rows: int) -> list[Shape]:
+
+def cuts(scheme: Scheme, n: int, k: int, rows: int) -> list[Shape]:
     """The ways to cut ``cuda_stream``'s blocks that are worth a measurement."""
     form = cuda_stream.format_of(scheme)
     if rows <= 16:
         tokens, parts = [rows if rows == 1 else -(-rows // 8) * 8], _FEW if rows == 1 else _SOME
     else:
-        tokens, parts = [min(-(-rows // 8) * 8, 128)], _MANY
+        tokens, parts = [min(-(-rows // 16) * 16, 128)], _MANY
     if rows > 128:
         tokens = [128, 256]
     found = []
-    for count, (warps_n, warps_k, tiles, step, stages, group) in itertools.product(tokens, parts):
-        shape = Shape(warps_n, warps_k, tiles, count, step, stages, group)
+    for count, (warps_n, warps_k, tiles, step, stages, group, blocks) in itertools.product(
+        tokens, parts
+    ):
         registers = tiles * count / 2 * (2 if form.chunk and form.x_bits == 8 and group else 1)
-        if registers <= 128 and shape.fits(form, k):
-            found.append(shape)
+        if registers > 128:
+            continue
+        one = Shape(warps_n, warps_k, tiles, count, step, stages, group, blocks)
+        programs = -(-n // one.rows) * -(-rows // count)
+        for splits in (1, 2, 4):
+            shape = one._replace(splits=splits)
+            if (splits == 1 or programs * splits <= 2 * MULTIPROCESSORS) and shape.fits(form, k):
+                found.append(shape)
     return found
 
 
@@ -132,7 +146,7 @@ class _Subject:
                 if name not in STREAMING:
                     self.one(rows, name, None, self.other(name, x), base, emit)
                     continue
-                operands, shapes = self.operands(x), cuts(self.scheme, self.k, rows)
+                operands, shapes = self.operands(x), cuts(self.scheme, self.n, self.k, rows)
                 build(self.scheme, shapes, operands[0].dtype, self.device)
                 for shape in shapes:
                     self.one(rows, name, shape, partial(self.stream, shape, *operands), base, emit)
@@ -146,7 +160,7 @@ class _Subject:
         base: float,
         emit: Callable[[Reading], None],
     ) -> None:
-        took = replayed([partial(run, packed) for packed in self.packs], span=1.5e-3, rounds=7)
+        took = replayed([partial(run, packed) for packed in self.packs], span=1e-3, rounds=7)
         emit(Reading(self.scheme.name, self.n, self.k, rows, name, shape, took, base))
 
     def operands(self, x: torch.Tensor) -> tuple[torch.Tensor, Any, Any]:

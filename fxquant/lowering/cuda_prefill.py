@@ -109,6 +109,14 @@ def stream_matmul(x, packed, bias, scheme, n):
     return matmul(form, x.contiguous(), packed[0], packed[1], bias, n)
 
 
+NARROW = 128
+
+
+def wide(p: Problem) -> str | None:
+    """Below this cuBLAS splits k, and adds the parts in the type of the result."""
+    return None if p.n >= NARROW else f"n = {p.n} is below {NARROW}: not worth a second kernel"
+
+
 def stream_holds(p: Problem) -> str | None:
     """The weight is of a form that the stream has."""
     w = p.scheme.weight
@@ -128,8 +136,8 @@ def cost(p: Problem) -> sympy.Expr:
     device="cuda",
     layout=STREAM,
     cost=cost,
-    needs=[*COMMON, HALF, stream_holds],
-    faults=[{"dtype": torch.float32}, {"k": 40}],
+    needs=[*COMMON, HALF, wide, stream_holds],
+    faults=[{"dtype": torch.float32}, {"k": 40}, {"n": 64}],
 )
 def cuda_dequantize(scheme, x, packed, bias, epilogue):
     op = torch.ops.fxquant.stream_matmul.default
@@ -141,8 +149,8 @@ def cuda_dequantize(scheme, x, packed, bias, epilogue):
     device="cuda",
     layout=STREAM,
     cost=cost,
-    needs=[*COMMON, HALF, stream_holds],
-    faults=[{"dtype": torch.float32}, {"k": 40}],
+    needs=[*COMMON, HALF, wide, stream_holds],
+    faults=[{"dtype": torch.float32}, {"k": 40}, {"n": 64}],
 )
 def cuda_dequantize_w4a8(scheme, x, packed, bias, epilogue):
     """The codes less their zero point are integers up to 255, which both 16-bit types hold."""

@@ -45,6 +45,9 @@ ACTIVATION = {"": 0, "relu": 1, "gelu": 2, "gelu_tanh": 3, "silu": 4}
 
 STREAM_SOURCE = Path(__file__).parent / "cuda" / "stream.cu"
 
+BASE = {torch.bfloat16: 0x43004300, torch.float16: 0x64006400}
+"""Bits under which a code of up to 7 bits is the float 128 + u, or 1024 + u, twice in a word."""
+
 SHARED_LIMIT = 227 * 1024
 """Bytes of shared memory that one block may use on Hopper."""
 
@@ -127,10 +130,6 @@ def pack(scheme: Scheme, q: Quantized) -> list[torch.Tensor]:
     return [torch.cat([_stream(scheme, slab, k) for slab in slabs]), per_row]
 
 
-CODE_UNIT = 2.0**133
-"""One over what the code 1 is worth as the bits of a bfloat16: factor of the scales in a stream."""
-
-
 def row_power(scale: torch.Tensor) -> torch.Tensor:
     """Powers of two float32 [n] which bring the largest scale of each row to [2**-10, 2**-9)."""
     _, exponent = torch.frexp(scale.float().abs().amax(1))
@@ -139,12 +138,12 @@ def row_power(scale: torch.Tensor) -> torch.Tensor:
 
 def _normalized(scale, zero, power):
     """Scales and zero points as the stream holds them; exact, as are the products that undo it."""
-    scale = (scale.double() / power[:, None] * CODE_UNIT).to(scale.dtype)
+    scale = (scale.double() / power[:, None]).to(scale.dtype)
     return scale, None if zero is None else (zero.double() / power[:, None]).to(zero.dtype)
 
 
 def _restored(scale, zero, power):
-    scale = (scale.double() / CODE_UNIT * power[:, None]).to(scale.dtype)
+    scale = (scale.double() * power[:, None]).to(scale.dtype)
     return scale, None if zero is None else (zero.double() * power[:, None]).to(zero.dtype)
 
 
@@ -228,6 +227,8 @@ class Shape(NamedTuple):
     step: int
     stages: int
     warpgroup: int = 0
+    blocks: int = 1
+    splits: int = 1
 
     @property
     def threads(self) -> int:
@@ -246,7 +247,8 @@ class Shape(NamedTuple):
         if self.warpgroup:
             stage = -(-stage // 1024) * 1024
         sums = self.warps_k * max(self.tokens, 8) * (self.rows + 4) * 4
-        return max(self.warps_k * self.stages * stage, sums)
+        barriers = self.warps_n * self.warps_k * self.stages * 8
+        return max(self.warps_k * self.stages * stage + barriers, sums)
 
     def fits(self, form: Format, k: int) -> bool:
         """Whether the kernel can be cut like this."""
@@ -259,7 +261,7 @@ class Shape(NamedTuple):
                 and self.warps_n % 4 == 0
                 and not (form.row_major and form.float8)
             )
-        return whole and self.threads <= 1024 and self.shared(form) <= SHARED_LIMIT
+        return whole and self.threads <= 1024 and self.shared(form) * self.blocks <= SHARED_LIMIT
 
 
 def warpgroup_product(form: Format, tokens: int, half: bool) -> str:
@@ -357,9 +359,11 @@ def run(
     y = x.new_empty(m, n, dtype=dtype)
     pointers = (x, x_scale, x_zero, packed[0], w_scale, w_sum, bias, y)
     addresses = (0 if t is None else t.data_ptr() for t in pointers)
-    arguments = struct.pack("<8Q4i", *addresses, m, n, k, k * x.element_size())
+    arguments = struct.pack(
+        "<8Q4iIi", *addresses, m, n, k, k * x.element_size(), BASE.get(x.dtype, 0), 0
+    )
     with torch.cuda.device(x.device):
-        call.launch((-(-n // shape.rows), -(-m // shape.tokens), 1), arguments)
+        call.launch((-(-n // shape.rows), -(-m // shape.tokens), shape.splits), arguments)
     return y
 
 

@@ -8,8 +8,9 @@
 // along k; after each chunk come the qparams of its groups. So every copy is contiguous,
 // asynchronous and 16 bytes wide, and each warp waits for its own.
 //
-// A block of threads is WARPS_N x WARPS_K warps: the first split the channels, the second k. Sums
-// over WARPS_K are added in a fixed order, so results are the same from run to run.
+// A block of threads is WARPS_N x WARPS_K warps: the first split the channels, the second k, which a
+// cluster of SPLITS blocks splits further. Partial sums are added in a fixed order, so results are
+// the same from run to run.
 //
 // Compile-time parameters, all integers (cuda_stream.py sets them):
 //   BITS of a weight; FLOAT8: whether the 8 bits are e4m3; X_BITS of an activation (16 or 8);
@@ -17,6 +18,7 @@
 //   inside the stream); ZERO: the qparams have a zero point; X_ZERO: activations have one;
 //   TOKENS of a block of threads (1, or a multiple of 8), ROW_TILES of a warp, WARPS_N, WARPS_K,
 //   STEP (k of a pipeline stage), STAGES; WARPGROUP: four warps multiply together (wgmma);
+//   BLOCKS of threads that a multiprocessor should hold; SPLITS;
 //   Y_TYPE, BIAS_TYPE: 0 none, 1 bfloat16, 2 float16, 3 float32; ACTIVATION: 0 none, 1 relu,
 //   2 gelu, 3 gelu_tanh, 4 silu.
 
@@ -64,6 +66,7 @@ struct Arguments {
   const void* bias;
   void* y;
   int m, n, k, ldx;
+  u32 base;  // BASE: a constant that the compiler knew it would load again for every use
 };
 
 __device__ __forceinline__ u32 shared_address(const void* p) {
@@ -83,6 +86,26 @@ __device__ __forceinline__ u64 keep_policy(bool keep) {
   else
     asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
   return policy;
+}
+
+// One contiguous piece of the weight by the copy engine; ``barrier`` counts its bytes.
+__device__ __forceinline__ void copy_bulk(u32 to, const char* from, u32 bytes, u32 barrier, u64 policy) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(to),
+      "l"(from), "r"(bytes), "r"(barrier), "l"(policy)
+      : "memory");
+}
+
+__device__ __forceinline__ void expect_bytes(u32 barrier, u32 bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+}
+
+__device__ __forceinline__ void wait_for_bytes(u32 barrier, u32 parity) {
+  asm volatile(
+      "{ .reg .pred done;\n"
+      "again: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+      "@!done bra again; }" ::"r"(barrier), "r"(parity)
+      : "memory");
 }
 
 __device__ __forceinline__ void commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
@@ -169,21 +192,30 @@ __device__ __forceinline__ u32 fma2(u32 a, u32 b, u32 c) {
 constexpr u32 MINUS_ZERO = 0x80008000u;
 
 // Codes are floats as they are: u below 256 in the low bits of a bfloat16 is u * 2^-133 (of a float16,
-// u * 2^-24), because numbers below the second exponent are evenly spaced. One fma makes the weight
-// of it; the scales in the stream are multiplied by 2^133, and each row's by a power of two that
-// keeps that finite, which w_scale takes back.
+// u * 2^-24), because numbers below the second exponent are evenly spaced. One fma brings it to
+// (u - middle) * 2^-7 (2^-9), exactly.
+constexpr u32 RAISE = X_HALF ? 0x78007800u : 0x7e807e80u;  // 2^15, 2^126
+constexpr u32 CENTER = X_HALF ? (BITS == 8 ? 0xb400b400u : BITS == 4 ? 0xa400a400u : 0x9c009c00u)
+                              : (BITS == 8 ? 0xbf80bf80u : BITS == 4 ? 0xbd80bd80u : 0xbc80bc80u);
+constexpr u32 LOWER = X_HALF ? 0x60006000u : 0x43004300u;  // 2^9, 2^7
+
+// For few tokens it is cheaper to scale sums than weights: codes enter the product as they come, with
+// BASE (128 or 1024) added by writing them into its mantissa, and a product with ones gives the
+// sums of activations that take it away again, with the zero point.
+constexpr bool SCALE_SUMS = GROUPED && X_BITS == 16 && !WARPGROUP && TOKENS <= 16;
+constexpr u32 ONES = X_HALF ? 0x3c003c00u : 0x3f803f80u;
+constexpr float OFFSET = (X_HALF ? 1024.0f : 128.0f) + (1 << (BITS - 1));
 
 struct Qparams {
-  u32 scale[2], shift[2];  // of rows g and g + 8, each twice in a word: weight = u * scale + shift
+  u32 scale[2], zero[2];  // of rows g and g + 8: twice in a word, or (SCALE_SUMS) as float32
 };
 
 __device__ __forceinline__ Qparams load_qparams(u32 at, int g) {
-  constexpr u32 MIDDLE = 1u << (BITS - 1);
-  constexpr u32 MINUS_MIDDLE = MIDDLE << 16 | MIDDLE | MINUS_ZERO;
   Qparams q;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    u32 pair, zero = MINUS_ZERO;
+    u32 pair;
+    q.zero[half] = SCALE_SUMS ? 0 : MINUS_ZERO;
     if (ZERO) {
       asm volatile("ld.shared.b32 %0, [%1];" : "=r"(pair) : "r"(at + 4 * (g + 8 * half)));
     } else {
@@ -191,15 +223,17 @@ __device__ __forceinline__ Qparams load_qparams(u32 at, int g) {
       asm volatile("ld.shared.b16 %0, [%1];" : "=h"(scale) : "r"(at + 2 * (g + 8 * half)));
       pair = scale;
     }
-    if (X_HALF) {  // qparams are bfloat16
-      u32 s = narrow(__uint_as_float(pair << 16) * 0x1p-109f, 2), z = narrow(__uint_as_float(pair & 0xffff0000u), 2);
-      q.scale[half] = s | s << 16;
-      if (ZERO) zero = z | z << 16;
+    if (SCALE_SUMS) {
+      q.scale[half] = pair << 16;
+      if (ZERO) q.zero[half] = pair & 0xffff0000u;
+    } else if (X_HALF) {  // qparams are bfloat16
+      u32 s = narrow(__uint_as_float(pair << 16), 2), z = narrow(__uint_as_float(pair & 0xffff0000u), 2);
+      q.scale[half] = fma2(s | s << 16, LOWER, MINUS_ZERO);
+      if (ZERO) q.zero[half] = z | z << 16;
     } else {
-      q.scale[half] = __byte_perm(pair, 0, 0x1010);
-      if (ZERO) zero = __byte_perm(pair, 0, 0x3232);
+      q.scale[half] = fma2(__byte_perm(pair, 0, 0x1010), LOWER, MINUS_ZERO);
+      if (ZERO) q.zero[half] = __byte_perm(pair, 0, 0x3232);
     }
-    q.shift[half] = fma2(q.scale[half], MINUS_MIDDLE, zero);
   }
   return q;
 }
@@ -207,7 +241,7 @@ __device__ __forceinline__ Qparams load_qparams(u32 at, int g) {
 constexpr float SUM_FACTOR = BITS == 8 && !FLOAT8 && X_BITS == 16 ? (X_HALF ? 512.0f : 128.0f) : 1.0f;
 
 // The lane's 16 weights of a block as the left operands of two k16 products: a[s][0..3].
-__device__ __forceinline__ void widen_weights(const Words<BITS / 2>& w, const Qparams& q, u32 (&a)[2][4]) {
+__device__ __forceinline__ void widen_weights(const Words<BITS / 2>& w, const Qparams& q, u32 base, u32 (&a)[2][4]) {
 #pragma unroll
   for (int half = 0; half < 2; ++half)
 #pragma unroll
@@ -215,7 +249,8 @@ __device__ __forceinline__ void widen_weights(const Words<BITS / 2>& w, const Qp
       u32& out = a[p / 2][2 * (p % 2) + half];
       if constexpr (BITS <= 4) {
         const u32 word = BITS == 4 ? w.w[half % (BITS / 2)] >> (4 * p) : w.w[0] >> (2 * p + 8 * half);
-        out = fma2(word & (BITS == 4 ? 0x000f000fu : 0x00030003u), q.scale[half], q.shift[half]);
+        const u32 codes = word & (BITS == 4 ? 0x000f000fu : 0x00030003u);
+        out = SCALE_SUMS ? codes | base : fma2(fma2(codes, RAISE, CENTER), q.scale[half], q.zero[half]);
       } else if constexpr (FLOAT8) {
         // e4m3's exponent and mantissa fit below either type's sign; its bias is repaired by a
         // product with a power of two, which is exact (subnormals included).
@@ -224,9 +259,9 @@ __device__ __forceinline__ void widen_weights(const Words<BITS / 2>& w, const Qp
         constexpr u32 REBIAS = X_HALF ? 0x5c005c00u : 0x7b807b80u;  // 2^8, 2^120
         const u32 word = w.w[2 * half + p / 2] << (p % 2 ? 0 : 8);
         out = fma2((word & MINUS_ZERO) | ((word >> SHIFT) & MANTISSA), REBIAS, MINUS_ZERO);
-      } else {  // u - 128 in units of 2^-7 (float16: 2^-9), exact: SUM_FACTOR follows
+      } else {  // SUM_FACTOR follows
         const u32 codes = __byte_perm(w.w[2 * half + p / 2], 0, p % 2 ? 0x4341 : 0x4240);
-        out = X_HALF ? fma2(codes, 0x78007800u, 0xb400b400u) : fma2(codes, 0x7e807e80u, 0xbf80bf80u);
+        out = fma2(codes, RAISE, CENTER);
       }
     }
 }
@@ -294,7 +329,53 @@ __device__ __forceinline__ void end_products() {
 
 #if X_BITS == 16
 
-__device__ __forceinline__ void multiply(u32 weights, u32 x, int lane, Sums& sums) {
+// multiply, where sums are scaled
+__device__ __forceinline__ void multiply_codes(u32 weights, u32 x, int lane, u32 base, Sums& sums) {
+  const u32 ones[4] = {ONES, ONES, ONES, ONES};
+#pragma unroll
+  for (int chunk = 0; chunk < STEP / UNIT; ++chunk) {
+    float part[ROW_TILES][TOKEN_TILES][4] = {}, x_sum[TOKEN_TILES][4] = {};
+#pragma unroll
+    for (int block = 0; block < UNIT / 32; ++block) {
+      u32 a[ROW_TILES][2][4];
+#pragma unroll
+      for (int r = 0; r < ROW_TILES; ++r) {
+        const u32 at = weights + r * STEP_BYTES + chunk * UNIT_BYTES + block * BLOCK_BYTES;
+        widen_weights(load_shared<BITS / 2>(at + lane * (BLOCK_BYTES / 32)), Qparams(), base, a[r]);
+      }
+#pragma unroll
+      for (int j = 0; j < TOKEN_TILES; ++j) {
+        const u32 from = x + token_address(lane) + j * 8 * STRIDE + (chunk * (UNIT / 32) + block) * 64;
+        const Words<4> b = load_matrices<4>(from);
+#pragma unroll
+        for (int s = 0; s < 2; ++s) {
+          product16(x_sum[j], ones, b.w[2 * s], b.w[2 * s + 1]);
+#pragma unroll
+          for (int r = 0; r < ROW_TILES; ++r) product16(part[r][j], a[r][s], b.w[2 * s], b.w[2 * s + 1]);
+        }
+      }
+    }
+#pragma unroll
+    for (int r = 0; r < ROW_TILES; ++r) {
+      const Qparams q = load_qparams(weights + r * STEP_BYTES + (chunk + 1) * UNIT_BYTES - QPARAM_BYTES, lane >> 2);
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const float scale = __uint_as_float(q.scale[half]);
+        const float shift = fmaf(-OFFSET, scale, __uint_as_float(q.zero[half]));
+#pragma unroll
+        for (int j = 0; j < TOKEN_TILES; ++j)
+#pragma unroll
+          for (int i = 0; i < (TOKENS == 1 ? 1 : 2); ++i) {
+            float& sum = sums[r][j][2 * half + i];
+            sum = fmaf(scale, part[r][j][2 * half + i], fmaf(shift, x_sum[j][i], sum));
+          }
+      }
+    }
+  }
+}
+
+__device__ __forceinline__ void multiply(u32 weights, u32 x, int lane, u32 base, Sums& sums) {
+  if (SCALE_SUMS) return multiply_codes(weights, x, lane, base, sums);
   Qparams q[ROW_TILES];
 #pragma unroll
   for (int block = 0; block < STEP / 32; ++block) {
@@ -305,7 +386,7 @@ __device__ __forceinline__ void multiply(u32 weights, u32 x, int lane, Sums& sum
       const u32 at = unit + r * STEP_BYTES;
       if (GROUPED && block % (UNIT / 32) == 0) q[r] = load_qparams(at + UNIT_BYTES - QPARAM_BYTES, lane >> 2);
       const u32 mine = at + block % (UNIT / 32) * BLOCK_BYTES + lane * (BLOCK_BYTES / 32);
-      widen_weights(load_shared<BITS / 2>(mine), q[r], a[r]);
+      widen_weights(load_shared<BITS / 2>(mine), q[r], 0, a[r]);
     }
 #if WARPGROUP
     begin_products();
@@ -344,7 +425,7 @@ __device__ __forceinline__ void load_weights(u32 at, int lane, u32 (&a)[4]) {
 
 #if CHUNK == 0
 
-__device__ __forceinline__ void multiply(u32 weights, u32 x, int lane, Sums& sums) {
+__device__ __forceinline__ void multiply(u32 weights, u32 x, int lane, u32 base, Sums& sums) {
 #pragma unroll
   for (int block = 0; block < STEP / 32; ++block) {
     u32 a[ROW_TILES][4];
@@ -372,17 +453,17 @@ __device__ __forceinline__ void multiply(u32 weights, u32 x, int lane, Sums& sum
 // starts there, and leaves as a float by one subtraction.
 constexpr int MAGIC = 0x4b400000;
 
-__device__ __forceinline__ void multiply(u32 weights, u32 x, int lane, Sums& sums) {
-  constexpr int BLOCKS = UNIT / 32;
+__device__ __forceinline__ void multiply(u32 weights, u32 x, int lane, u32 base, Sums& sums) {
+  constexpr int DEPTH = UNIT / 32;
 #pragma unroll
   for (int chunk = 0; chunk < STEP / UNIT; ++chunk) {
-    u32 a[ROW_TILES][BLOCKS][4];
+    u32 a[ROW_TILES][DEPTH][4];
     float scale[ROW_TILES][2];
 #pragma unroll
     for (int r = 0; r < ROW_TILES; ++r) {
       const u32 at = weights + r * STEP_BYTES + chunk * UNIT_BYTES;
 #pragma unroll
-      for (int block = 0; block < BLOCKS; ++block) load_weights(at + block * BLOCK_BYTES, lane, a[r][block]);
+      for (int block = 0; block < DEPTH; ++block) load_weights(at + block * BLOCK_BYTES, lane, a[r][block]);
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         u16 s;
@@ -397,8 +478,8 @@ __device__ __forceinline__ void multiply(u32 weights, u32 x, int lane, Sums& sum
 #pragma unroll
     for (int r = 0; r < ROW_TILES; ++r)
 #pragma unroll
-      for (int block = 0; block < BLOCKS; ++block)
-        product64(part[r], a[r][block], descriptor(x) + slice(chunk * BLOCKS + block), block != 0);
+      for (int block = 0; block < DEPTH; ++block)
+        product64(part[r], a[r][block], descriptor(x) + slice(chunk * DEPTH + block), block != 0);
     end_products<0>();
 #pragma unroll
     for (int r = 0; r < ROW_TILES; ++r)
@@ -409,15 +490,15 @@ __device__ __forceinline__ void multiply(u32 weights, u32 x, int lane, Sums& sum
 #else
 #pragma unroll
     for (int j = 0; j < TOKEN_TILES; ++j) {
-      Words<2> b[BLOCKS];
+      Words<2> b[DEPTH];
 #pragma unroll
-      for (int block = 0; block < BLOCKS; ++block)
-        b[block] = load_matrices<2>(x + token_address(lane % 16) + j * 8 * STRIDE + (chunk * BLOCKS + block) * 32);
+      for (int block = 0; block < DEPTH; ++block)
+        b[block] = load_matrices<2>(x + token_address(lane % 16) + j * 8 * STRIDE + (chunk * DEPTH + block) * 32);
 #pragma unroll
       for (int r = 0; r < ROW_TILES; ++r) {
         int part[4] = {MAGIC, MAGIC, MAGIC, MAGIC};
 #pragma unroll
-        for (int block = 0; block < BLOCKS; ++block) product8(part, a[r][block], b[block].w[0], b[block].w[1]);
+        for (int block = 0; block < DEPTH; ++block) product8(part, a[r][block], b[block].w[0], b[block].w[1]);
 #pragma unroll
         for (int i = 0; i < 4; ++i)
           sums[r][j][i] += scale[r][i / 2] * (__int_as_float(part[i]) - __int_as_float(MAGIC));
@@ -438,7 +519,29 @@ __device__ __forceinline__ float activate(float y) {
   return y;
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, 1) stream_linear(const Arguments p) {
+// What another block of the cluster has at the same place in its shared memory
+__device__ __forceinline__ u32 load_remote(u32 at, int block) {
+  u32 there, value;
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(at), "r"(block));
+  asm volatile("ld.shared::cluster.b32 %0, [%1];" : "=r"(value) : "r"(there) : "memory");
+  return value;
+}
+
+__device__ __forceinline__ void cluster_barrier() {
+  if (SPLITS == 1)
+    __syncthreads();
+  else
+    asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+
+__device__ __forceinline__ Sum as_sum(u32 bits, Sum*) {
+  if constexpr (INTEGER && !GROUPED)
+    return static_cast<int>(bits);
+  else
+    return __uint_as_float(bits);
+}
+
+extern "C" __global__ void __cluster_dims__(1, 1, SPLITS) __launch_bounds__(THREADS, BLOCKS) stream_linear(const Arguments p) {
   extern __shared__ __align__(1024) char memory[];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int in_group = threadIdx.x % GROUP_THREADS;
@@ -446,35 +549,46 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) stream_linear(const Arg
   const int steps = p.k / STEP;
   const int first_tile = (blockIdx.x * WARPS_N + warp_n) * ROW_TILES;
   const int first_token = blockIdx.y * TOKENS;
-  const int my_steps = (steps - group + WARPS_K - 1) / WARPS_K;
+  constexpr int PARTS_K = SPLITS * WARPS_K;
+  const int part_k = blockIdx.z * WARPS_K + group;
+  const int my_steps = max(0, (steps - part_k + PARTS_K - 1) / PARTS_K);
   const u32 ring = shared_address(memory) + group * (STAGES * STAGE_BYTES);
   const u64 once = keep_policy(false), again = keep_policy(true);
 
-  // Rows past the last are the last again: computed, never stored.
-  constexpr int PIECES = ROW_TILES * PIECE_ROWS * PIECE_ROW / 16;  // 16 bytes each
-  constexpr int ROUNDS = (PIECES + 31) / 32;
+  // A warp fetches its own weights, a lane for each contiguous piece, and waits for them at a barrier
+  // of its own. Rows past the last are the last again: computed, never stored.
+  constexpr int PIECES = ROW_TILES * PIECE_ROWS, ROUNDS = (PIECES + 31) / 32;
+  const u32 barriers = shared_address(memory) + WARPS_K * STAGES * STAGE_BYTES + warp * STAGES * 8;
   const u32 row_bytes = ROW_MAJOR ? p.k : p.k / UNIT * UNIT_BYTES;
-  u32 from[ROUNDS], to[ROUNDS];
+  const int last = ROW_MAJOR ? p.n - 1 : (p.n + 15) / 16 - 1;
+  u64 from[ROUNDS];
 #pragma unroll
   for (int i = 0; i < ROUNDS; ++i) {
-    const int at = (i * 32 + lane) * 16, row = at / PIECE_ROW, part = at % PIECE_ROW;
-    const int last = ROW_MAJOR ? p.n - 1 : (p.n + 15) / 16 - 1;
-    from[i] = min(first_tile * PIECE_ROWS + row, last) * row_bytes + part;
-    to[i] = row * PIECE_STRIDE + part;
+    const int row = min(first_tile * PIECE_ROWS + i * 32 + lane, last);
+    from[i] = reinterpret_cast<u64>(p.weight) + static_cast<u64>(row) * row_bytes + part_k * PIECE_ROW;
   }
+  if (lane < STAGES) asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(barriers + lane * 8) : "memory");
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+  __syncwarp();
   auto fetch_weights = [&](int i) {
-    const u32 stage = ring + i % STAGES * STAGE_BYTES + X_BYTES + warp_n * W_BYTES;
-    const char* base = p.weight + static_cast<u64>(group + i * WARPS_K) * PIECE_ROW;
+    const int slot = i % STAGES;
+    const u32 to = ring + slot * STAGE_BYTES + X_BYTES + warp_n * W_BYTES, barrier = barriers + slot * 8;
+    if (lane == 0) expect_bytes(barrier, PIECES * PIECE_ROW);
+    __syncwarp();
 #pragma unroll
-    for (int round = 0; round < ROUNDS; ++round)
-      if (round * 32 + lane < PIECES) copy_async(stage + to[round], base + from[round], once);
+    for (int round = 0; round < ROUNDS; ++round) {
+      const int piece = round * 32 + lane;
+      if (piece < PIECES)
+        copy_bulk(to + piece * PIECE_STRIDE, reinterpret_cast<const char*>(from[round]), PIECE_ROW, barrier, once);
+      from[round] += PARTS_K * PIECE_ROW;
+    }
   };
   // Tokens past the last are left as they are: each stays in its own column, which is not stored.
   const int tokens = min(TOKENS, p.m - first_token);
   auto fetch_x = [&](int i, bool async) {
     constexpr int PER_ROW = X_ROW / 16;
     const u32 to = ring + i % STAGES * STAGE_BYTES;
-    const char* base = p.x + static_cast<u64>(first_token) * p.ldx + (group + i * WARPS_K) * X_ROW;
+    const char* base = p.x + static_cast<u64>(first_token) * p.ldx + (part_k + i * PARTS_K) * X_ROW;
 #pragma unroll
     for (int piece = 0; piece < (TOKENS * PER_ROW + GROUP_THREADS - 1) / GROUP_THREADS; ++piece) {
       const int at = piece * GROUP_THREADS + in_group, token = at / PER_ROW, part = at % PER_ROW * 16;
@@ -506,6 +620,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) stream_linear(const Arg
   Sums sums = {};
   for (int i = 0; i < my_steps; ++i) {
     wait_for_oldest();
+    wait_for_bytes(barriers + i % STAGES * 8, i / STAGES & 1);
     group_barrier(group);  // and everybody is done with the stage that is filled next
     if (i + AHEAD < my_steps) {
       fetch_weights(i + AHEAD);
@@ -513,7 +628,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) stream_linear(const Arg
     }
     commit();
     const u32 stage = ring + i % STAGES * STAGE_BYTES;
-    multiply(stage + X_BYTES + warp_n * W_BYTES, stage, lane, sums);
+    multiply(stage + X_BYTES + warp_n * W_BYTES, stage, lane, p.base, sums);
   }
 
 #if WARPGROUP
@@ -534,13 +649,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) stream_linear(const Arg
         const int row = (warp_n * ROW_TILES + r) * 16 + lane / 4 + 8 * (i / 2);
         parts[(group * COLUMNS + token) * PITCH + row] = sums[r][j][i];
       }
-  __syncthreads();
-  for (int at = threadIdx.x; at < tokens * ROWS; at += THREADS) {
+  cluster_barrier();
+  for (int at = blockIdx.z * THREADS + threadIdx.x; at < tokens * ROWS; at += SPLITS * THREADS) {
     const int token = at / ROWS, row = at % ROWS, n = blockIdx.x * ROWS + row, m = first_token + token;
     if (n >= p.n) continue;
-    Sum sum = parts[token * PITCH + row];
+    Sum sum = 0;
 #pragma unroll
-    for (int g = 1; g < WARPS_K; ++g) sum += parts[(g * COLUMNS + token) * PITCH + row];
+    for (int part = 0; part < PARTS_K; ++part) {
+      Sum* from = &parts[(part % WARPS_K * COLUMNS + token) * PITCH + row];
+      sum += SPLITS == 1 ? *from : as_sum(load_remote(shared_address(from), part / WARPS_K), from);
+    }
     float y = static_cast<float>(sum);
     if (X_ZERO) y -= p.x_zero[m] * p.w_sum[n];
     if (X_BITS == 8) y *= p.x_scale[m];
@@ -554,6 +672,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) stream_linear(const Arg
     else
       static_cast<u16*>(p.y)[to] = narrow(y, Y_TYPE);
   }
+  if (SPLITS > 1) cluster_barrier();  // its sums may still be read
 }
 
 // The weight itself, [rows, k] in the activations' type, for products that are worth a library's
@@ -598,8 +717,7 @@ extern "C" __global__ void __launch_bounds__(256) stream_dequantize(const Unpack
     const int row = lane / 4 + 8 * half;
     const u16* qparams = reinterpret_cast<const u16*>(from + UNIT_BYTES - QPARAM_BYTES);
     const float power = X_BITS == 16 ? p.w_scale[min((p.first_tile + tile) * 16 + row, p.n - 1)] : 1.0f;
-    scale[half] = power * (GROUPED ? widen(qparams[ZERO ? 2 * row : row], 1) * (X_BITS == 16 ? 0x1p-100f : 1.0f) : 1.0f);
-    if (GROUPED && X_BITS == 16) scale[half] *= 0x1p-33f;
+    scale[half] = power * (GROUPED ? widen(qparams[ZERO ? 2 * row : row], 1) : 1.0f);
     if (ZERO) zero[half] = power * widen(qparams[2 * row + 1], 1);
   }
 #pragma unroll
