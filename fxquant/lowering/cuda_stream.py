@@ -247,8 +247,7 @@ class Shape(NamedTuple):
         if self.warpgroup:
             stage = -(-stage // 1024) * 1024
         sums = self.warps_k * max(self.tokens, 8) * (self.rows + 4) * 4
-        barriers = self.warps_n * self.warps_k * self.stages * 8
-        return max(self.warps_k * self.stages * stage + barriers, sums)
+        return max(self.warps_k * self.stages * stage, sums)
 
     def fits(self, form: Format, k: int) -> bool:
         """Whether the kernel can be cut like this."""

@@ -88,26 +88,6 @@ __device__ __forceinline__ u64 keep_policy(bool keep) {
   return policy;
 }
 
-// One contiguous piece of the weight by the copy engine; ``barrier`` counts its bytes.
-__device__ __forceinline__ void copy_bulk(u32 to, const char* from, u32 bytes, u32 barrier, u64 policy) {
-  asm volatile(
-      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(to),
-      "l"(from), "r"(bytes), "r"(barrier), "l"(policy)
-      : "memory");
-}
-
-__device__ __forceinline__ void expect_bytes(u32 barrier, u32 bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
-}
-
-__device__ __forceinline__ void wait_for_bytes(u32 barrier, u32 parity) {
-  asm volatile(
-      "{ .reg .pred done;\n"
-      "again: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-      "@!done bra again; }" ::"r"(barrier), "r"(parity)
-      : "memory");
-}
-
 __device__ __forceinline__ void commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
 __device__ __forceinline__ void wait_for_oldest() {
@@ -202,7 +182,7 @@ constexpr u32 LOWER = X_HALF ? 0x60006000u : 0x43004300u;  // 2^9, 2^7
 // For few tokens it is cheaper to scale sums than weights: codes enter the product as they come, with
 // BASE (128 or 1024) added by writing them into its mantissa, and a product with ones gives the
 // sums of activations that take it away again, with the zero point.
-constexpr bool SCALE_SUMS = GROUPED && X_BITS == 16 && !WARPGROUP && TOKENS <= 16;
+constexpr bool SCALE_SUMS = GROUPED && X_BITS == 16 && !WARPGROUP && TOKENS <= 8;
 constexpr u32 ONES = X_HALF ? 0x3c003c00u : 0x3f803f80u;
 constexpr float OFFSET = (X_HALF ? 1024.0f : 128.0f) + (1 << (BITS - 1));
 
@@ -555,33 +535,24 @@ extern "C" __global__ void __cluster_dims__(1, 1, SPLITS) __launch_bounds__(THRE
   const u32 ring = shared_address(memory) + group * (STAGES * STAGE_BYTES);
   const u64 once = keep_policy(false), again = keep_policy(true);
 
-  // A warp fetches its own weights, a lane for each contiguous piece, and waits for them at a barrier
-  // of its own. Rows past the last are the last again: computed, never stored.
-  constexpr int PIECES = ROW_TILES * PIECE_ROWS, ROUNDS = (PIECES + 31) / 32;
-  const u32 barriers = shared_address(memory) + WARPS_K * STAGES * STAGE_BYTES + warp * STAGES * 8;
+  // A warp fetches its own weights. Rows past the last are the last again: computed, never stored.
+  constexpr int PIECES = ROW_TILES * PIECE_ROWS * PIECE_ROW / 16;  // 16 bytes each
+  constexpr int ROUNDS = (PIECES + 31) / 32;
   const u32 row_bytes = ROW_MAJOR ? p.k : p.k / UNIT * UNIT_BYTES;
   const int last = ROW_MAJOR ? p.n - 1 : (p.n + 15) / 16 - 1;
-  u64 from[ROUNDS];
+  u32 from[ROUNDS], to[ROUNDS];
 #pragma unroll
   for (int i = 0; i < ROUNDS; ++i) {
-    const int row = min(first_tile * PIECE_ROWS + i * 32 + lane, last);
-    from[i] = reinterpret_cast<u64>(p.weight) + static_cast<u64>(row) * row_bytes + part_k * PIECE_ROW;
+    const int at = (i * 32 + lane) * 16, row = at / PIECE_ROW, part = at % PIECE_ROW;
+    from[i] = min(first_tile * PIECE_ROWS + row, last) * row_bytes + part;
+    to[i] = row * PIECE_STRIDE + part;
   }
-  if (lane < STAGES) asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(barriers + lane * 8) : "memory");
-  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-  __syncwarp();
   auto fetch_weights = [&](int i) {
-    const int slot = i % STAGES;
-    const u32 to = ring + slot * STAGE_BYTES + X_BYTES + warp_n * W_BYTES, barrier = barriers + slot * 8;
-    if (lane == 0) expect_bytes(barrier, PIECES * PIECE_ROW);
-    __syncwarp();
+    const u32 stage = ring + i % STAGES * STAGE_BYTES + X_BYTES + warp_n * W_BYTES;
+    const char* base = p.weight + static_cast<u64>(part_k + i * PARTS_K) * PIECE_ROW;
 #pragma unroll
-    for (int round = 0; round < ROUNDS; ++round) {
-      const int piece = round * 32 + lane;
-      if (piece < PIECES)
-        copy_bulk(to + piece * PIECE_STRIDE, reinterpret_cast<const char*>(from[round]), PIECE_ROW, barrier, once);
-      from[round] += PARTS_K * PIECE_ROW;
-    }
+    for (int round = 0; round < ROUNDS; ++round)
+      if (round * 32 + lane < PIECES) copy_async(stage + to[round], base + from[round], once);
   };
   // Tokens past the last are left as they are: each stays in its own column, which is not stored.
   const int tokens = min(TOKENS, p.m - first_token);
@@ -620,7 +591,6 @@ extern "C" __global__ void __cluster_dims__(1, 1, SPLITS) __launch_bounds__(THRE
   Sums sums = {};
   for (int i = 0; i < my_steps; ++i) {
     wait_for_oldest();
-    wait_for_bytes(barriers + i % STAGES * 8, i / STAGES & 1);
     group_barrier(group);  // and everybody is done with the stage that is filled next
     if (i + AHEAD < my_steps) {
       fetch_weights(i + AHEAD);
