@@ -35,6 +35,10 @@ class Quantized(NamedTuple):
     zero: torch.Tensor | None
 
 
+SLAB = 1 << 25
+"""Weights that are quantized at once: the arithmetic takes some twenty bytes for each."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class QuantSpec:
     """How one tensor is quantized, ``q = clamp(round(x / scale) + zero_point)``.
@@ -69,6 +73,11 @@ class QuantSpec:
 
     def quantize(self, x: torch.Tensor) -> Quantized:
         """Codes (sub-byte ones packed) and qparams of ``x``, the scale rounded to scale_dtype first."""
+        if x.dim() == 2 and self.granularity in ("channel", "group") and x.numel() > SLAB:
+            parts = [self.quantize(rows) for rows in x.split(max(SLAB // x.shape[1], 1))]
+            codes, scale, zero = zip(*parts, strict=True)
+            whole = None if zero[0] is None else torch.cat(zero)
+            return Quantized(torch.cat(codes), torch.cat(scale), whole)
         block = self.block_size(x.dim())
         scale, zero = choose_qparams_affine(
             x,

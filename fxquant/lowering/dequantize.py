@@ -31,9 +31,9 @@ UNPACK = {"cpu": 8, "cuda": 40}
 def _cost(problem: Problem):
     weights = problem.n * problem.k
     operand = "float32" if problem.dtype == torch.float32 else "bfloat16"
-    return roofline(problem, weight_bytes=UNPACK.get(problem.device.type, 8) * weights, operations=operand) + (
-        0 if problem.device.type == "cuda" else 4 * weights / problem.device.peak["float32"]
-    )
+    return roofline(
+        problem, weight_bytes=UNPACK.get(problem.device.type, 8) * weights, operations=operand
+    ) + (0 if problem.device.type == "cuda" else 4 * weights / problem.device.peak["float32"])
 
 
 @kernel(
