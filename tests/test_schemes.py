@@ -36,4 +36,4 @@ def test_large_weights_are_quantized_in_slabs(scheme, monkeypatch):
     monkeypatch.setattr("fxquant.scheme.SLAB", 30 * 256)
     for a, b in zip(whole, SCHEMES[scheme].weight.quantize(weight), strict=True):
         assert (a is None) == (b is None)
-        assert a is None or torch.equal(a.float(), b.float()) and a.dtype == b.dtype
+        assert a is None or (torch.equal(a.float(), b.float()) and a.dtype == b.dtype)
