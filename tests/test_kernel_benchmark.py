@@ -1,0 +1,328 @@
+"""benchmarks/kernels*.py and sanitize.py on the CPU: what they measure, their tables and verdicts."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from fxquant.lowering import nvrtc
+from fxquant.lowering.kernel import CANONICAL, KERNELS, LAYOUTS
+from fxquant.lowering.select import Choice, forget
+from fxquant.scheme import SCHEMES, get_scheme
+from tests.lowering.test_cuda_kernels import HOPPER
+
+FOLDER = str(Path(__file__).parents[1] / "benchmarks")
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def _scripts(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.syspath_prepend(FOLDER)
+
+
+@pytest.fixture
+def kernels(monkeypatch: pytest.MonkeyPatch):
+    """Under a name of its own: transformers looks for a package called ``kernels``."""
+    spec = importlib.util.spec_from_file_location("benchmark_kernels", f"{FOLDER}/kernels.py")
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, module)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def tables():
+    return importlib.import_module("kernels_report")
+
+
+@pytest.fixture
+def sanitize():
+    return importlib.import_module("sanitize")
+
+
+def reading(scheme, m, ratio, n=28672, k=4096, kernel="cuda_x", **more):
+    us = 10.0
+    found = {"scheme": scheme, "n": n, "k": k, "m": m, "kernel": kernel, "us": us}
+    found |= {"bf16_us": us * ratio, "gb_s": 3000.0, "of_copy": 0.7, "repeats": True}
+    return found | more
+
+
+def of(verdicts, scheme, rows, what="x bf16"):
+    (one,) = [v for v in verdicts if (v["scheme"], v["rows"], v["what"]) == (scheme, rows, what)]
+    return one
+
+
+def test_targets_are_those_that_were_set(tables, kernels):
+    assert of(tables.verdicts([]), "int4wo-64", 16)["target"] == 2.8
+    assert {v["scheme"] for v in tables.verdicts([])} == set(kernels.NAMES) <= set(SCHEMES)
+    assert {v["rows"] for v in tables.verdicts([])} <= set(kernels.ROWS)
+    assert len(tables.verdicts([])) == 33
+
+
+def test_the_worst_layer_decides_whether_a_target_is_reached(tables):
+    records = [
+        reading("int8dq", 1, 1.9),
+        reading("int8dq", 1, 1.6, n=14336),
+        reading("int8dq", 1, 0.5, n=4096),  # none that the targets are meant for
+        reading("int8dq", 16, 1.6, error=0.5),
+        {"scheme": "int8dq", "n": 28672, "k": 4096, "m": 2048, "kernel": "a", "failure": "E: no"},
+        reading("int4wo-64", 1, 3.4),
+    ]
+    found = tables.verdicts(records)
+    one = of(found, "int8dq", 1)
+    assert one["found"] == {"28672x4096": 1.9, "14336x4096": 1.6}
+    assert one["missed"] == pytest.approx(0.1)
+    assert of(found, "int8dq", 16)["missed"] is None
+    assert of(found, "int8dq", 2048)["found"] == {}
+    assert of(found, "int4wo-64", 1)["missed"] is None
+    assert of(found, "int4wo-64", 1, "of copy")["missed"] == pytest.approx(0.05)
+    text = tables.judged(records)
+    lines = {
+        line.split("|")[1].strip() + line.split("|")[2].strip(): line for line in text.split("\n")
+    }
+    assert "missed by 0.10 (6%)" in lines["int8dq1"] and "1.60 at 14336x4096" in lines["int8dq1"]
+    assert "reached" in lines["int8dq16"]
+    assert "not measured" in lines["int8dq2048"]
+
+
+def test_nothing_may_be_slower_than_bfloat16(tables):
+    records = [
+        reading("int4wo-64", 256, 0.97),  # whose target is 0.95
+        reading("int4wo-64", 256, 0.97, n=4096),
+        reading("fp8wo", 64, 0.999),
+        reading("fp8wo", 1, 1.0),
+    ]
+    assert [entry[1:] for entry in tables.slower(records)] == [
+        ("int4wo-64", "4096x4096", 256),
+        ("fp8wo", "28672x4096", 64),
+    ]
+
+
+def test_defects_are_found(tables):
+    broken = [
+        reading("int8wo", 1, 2.0, error=1.2),
+        reading("int8wo", 16, 2.0, error=math.nan),
+        reading("int8wo", 17, 2.0, repeats=False),
+        {"scheme": "int8wo", "n": 1, "k": 2, "m": 64, "kernel": "a", "failure": "E: \n gone"},
+    ]
+    fine = reading("int8wo", 64, 2.0, error=0.6)
+    found = tables.defects([*broken, fine])
+    assert [line.split(", ")[1] for line in found] == ["1 rows", "16 rows", "17 rows", "64 rows"]
+    assert "E: gone" in found[3]
+
+
+def test_the_page_has_a_table_for_every_scheme_and_peer(tables):
+    records = [
+        reading("int4wo-64", 1, 3.2, kernel="cuda_w4a16", error=0.4),
+        reading("int4wo-64", 16, 2.9, kernel="cuda_w4a16", error=math.nan),
+        reading("int4wo-64", 256, 0.96, kernel="cuda_dequantize"),
+        reading("int8dq", 1, 1.7, n=896, k=4864, quantize_us=2.0),
+        {"scheme": "int8dq", "n": 896, "k": 4864, "m": 16, "kernel": "cuda_w8a8", "failure": "E"},
+    ]
+    report = {"gpu": "GPU", "versions": {"torch": "2"}, "date": "today", "copy_gb_s": 4000.0}
+    report |= {"records": records, "peers": [reading("int4wo-64", 1, 1.6, kernel="tinygemm")]}
+    text = tables.page({**report, "complete": True})
+    row = next(line for line in text.split("\n") if line.startswith("| 28672x4096"))
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
+    assert cells[1:4] == ["3.20", "2.90", "0.96"]
+    assert cells[4:] == ["3000 (70%)", "nan", "cuda_w4a16 to 16, cuda_dequantize to 256"]
+    assert "| 896x4864" in text and "failed" in text and "torch's tinygemm, int4wo-64" in text
+    assert "Not everything" not in text
+    assert "Not everything" in tables.page({**report, "complete": False})
+    assert "3.20" in tables.short(report) and "defects: 2" in tables.short(report)
+    assert "10.0 (2.0)" in tables.times(records, 896, 4864)
+
+
+def test_the_plot_of_speed_ups_reads_the_records(kernels):
+    curves = importlib.import_module("llama_report").curves
+    assert curves([reading("int8dq", 1, 2.0), reading("int8dq", 1, 0.5, n=96)]) == {
+        "int8dq": [(1, pytest.approx(1.0))]
+    }
+
+
+def test_arguments(kernels, capsys):
+    args = kernels.parse([])
+    assert args.schemes == list(kernels.NAMES) and tuple(args.shapes) == kernels.SHAPES
+    args = kernels.parse(["--schemes", "int8dq", "--shapes", "96x64,32x64", "--rows", "1,5"])
+    assert (args.shapes, args.rows) == ([(96, 64), (32, 64)], [1, 5])
+    for wrong in (["--schemes", "int9"], ["--shapes", "4096"], ["--rows", "0"], ["--rows", "a"]):
+        with pytest.raises(SystemExit):
+            kernels.parse(wrong)
+    assert "int9" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("composed", [True, False])
+def test_measuring_on_the_cpu(kernels, tables, monkeypatch, composed):
+    """The whole path but for the clock: quantization compiled once, errors and repeats looked at."""
+    fallback = KERNELS["dequantize"]
+    graphs = []
+
+    def backend(gm, _):
+        graphs.append(gm)
+        return gm
+
+    def clock(calls, **_):
+        for call in calls[:2]:
+            call()
+        return 1e-5
+
+    monkeypatch.setattr(kernels, "BACKEND", backend)
+    monkeypatch.setattr(kernels, "replayed", clock)
+    monkeypatch.setattr(kernels, "CHECKED_COLUMNS", 64)
+    monkeypatch.setattr(kernels, "COMPOSED", kernels.COMPOSED if composed else frozenset())
+    one = Choice(LAYOUTS[CANONICAL], ((fallback, 0),), {})
+    monkeypatch.setattr(kernels, "select", lambda problem: one)
+    report = {"records": [], "peers": []}
+    schemes = [get_scheme(name) for name in ("int8wo", "int8dq")]
+    late = time.time() + 60
+    kernels.measure(schemes, (96, 64), (1, 16, 65), CPU, 1e12, report, lambda: None, late)
+    torch._dynamo.reset()
+    records = report["records"]
+    assert [(r["scheme"], r["m"]) for r in records[:2]] == [("int8wo", 1), ("int8dq", 1)]
+    assert len(records) == 6 and not tables.defects(records)
+    assert all(("error" in r) == (r["m"] <= 64) for r in records)
+    assert all(("quantize_us" in r) == (r["scheme"] == "int8dq") for r in records)
+    assert records[0]["gb_s"] == pytest.approx((96 * 64 + 96 * 4) / 1e-5 / 1e9, rel=1e-4)
+    # one graph for a single row, one for all other numbers of rows
+    assert len(graphs) == (2 * 2 if composed else 0) + 2
+    with pytest.raises(kernels.Late):
+        kernels.measure(schemes, (96, 64), (1,), CPU, 1e12, report, lambda: None, 0.0)
+
+
+def test_a_wrong_kernel_is_noticed(kernels, monkeypatch):
+    """One column too large, among the last of those that are looked at."""
+    monkeypatch.setattr(kernels, "CHECKED_COLUMNS", 64)
+    monkeypatch.setattr(kernels, "replayed", lambda calls, **_: 1e-5)
+    layout = LAYOUTS[CANONICAL]
+    monkeypatch.setattr(
+        kernels, "select", lambda problem: Choice(layout, ((KERNELS["dequantize"], 0),), {})
+    )
+    monkeypatch.setattr(kernels, "COMPOSED", frozenset())
+    subject = kernels.Subject(get_scheme("int8wo"), torch.randn(96, 64))
+    x = kernels.activations(4, 64, CPU)
+    assert subject.read(KERNELS["dequantize"], layout, x, 1e12)["error"] < 1
+    subject.packs[CANONICAL][0][1][-1] *= 2
+    assert subject.read(KERNELS["dequantize"], layout, x, 1e12)["error"] > 1
+
+
+def test_what_is_launched_is_compiled_ahead(kernels, monkeypatch):
+    monkeypatch.setattr(nvrtc, "refusal", lambda: None)
+    monkeypatch.setattr(kernels, "device_row", lambda device: HOPPER)
+    built = {}
+    monkeypatch.setattr(
+        kernels.tuner,
+        "build",
+        lambda scheme, cuts, x, device: built.update({scheme.name: (cuts, x)}),
+    )
+    schemes = [get_scheme(name) for name in ("int4wo-64", "fp8dq")]
+    kernels.build(schemes, [(256, 1024)], (1, 16, 64), torch.device("cuda", 0))
+    assert {cut.tokens for cut in built["int4wo-64"][0]} >= {1, 16}
+    assert built["int4wo-64"][1] == torch.bfloat16 and built["fp8dq"][1] == torch.float8_e4m3fn
+    forget()
+
+
+OUTPUT = """\
+========= COMPUTE-SANITIZER
+=== device NVIDIA H200
+=== case one
+=== done
+=== case two
+========= Invalid __global__ read of size 16 bytes
+=========     at stream_linear+0x1a0
+=========     by thread (0,0,0) in block (1,0,0)
+=========
+=== done
+========= Error: Race reported between Write access at stream_linear+0x10
+=========     and Read access at stream_linear+0x20 [4 hazards]
+=========
+=== case three
+=== failed RuntimeError: a launch failed
+=== case four
+=== end
+========= Target application returned an error
+========= ERROR SUMMARY: 2 errors
+"""
+
+
+def test_the_sanitizers_output_is_split_by_case(sanitize):
+    found = sanitize.parse(OUTPUT)
+    assert found["device"] == "NVIDIA H200" and found["summary"] == 2
+    states = {name: sanitize.state(case) for name, case in found["cases"].items()}
+    assert states == {
+        "one": "clean",
+        "two": "2 reported",  # the second came late, but before the next case
+        "three": "failed RuntimeError: a launch failed",
+        "four": "not finished",
+    }
+    assert found["cases"]["two"]["reports"][0].split("\n")[1] == "at stream_linear+0x1a0"
+    assert found["outside"] == ["Target application returned an error"]
+    assert sanitize.state(found["cases"].get("five")) == "not run"
+
+
+def test_clean_means_that_all_ran_and_nothing_was_said(sanitize):
+    quiet = "=== case one\n=== done\n=== end\n========= RACECHECK SUMMARY: 0 hazards displayed\n"
+    found = sanitize.parse(quiet) | {"code": 0}
+    assert sanitize.clean(found, ["one"])
+    assert not sanitize.clean(found, ["one", "two"])
+    assert not sanitize.clean(found | {"code": 9}, ["one"])
+    assert not sanitize.clean(sanitize.parse(OUTPUT) | {"code": 9}, ["one"])
+    silent = sanitize.parse("=== case one\n=== done\n=== end\n") | {"code": 0}
+    assert not sanitize.clean(silent, ["one"]), "a tool that says nothing has not looked"
+    worse = sanitize.parse("========= Error: no such device\n" + quiet) | {"code": 0}
+    assert not sanitize.clean(worse, ["one"])
+
+
+def test_a_report_of_both_tools(sanitize, monkeypatch, tmp_path):
+    texts = {"": "=== device G\n" + "".join(f"=== case {n}\n=== done\n" for n in ("one", "two"))}
+    quiet = "========= {} SUMMARY: 0 found\n=== case one\n=== done\n=== case two\n=== done\n"
+    texts |= {"memcheck": quiet.format("ERROR"), "racecheck": quiet.format("RACECHECK")}
+    seen = {}
+
+    def ran(prefix, names, deadline, **environment):
+        tool = prefix[prefix.index("--tool") + 1] if prefix else ""
+        seen[tool] = (prefix, environment)
+        return {**sanitize.parse(texts[tool]), "code": 0, "tail": "the end"}
+
+    known = tmp_path / "compute-sanitizer"
+    known.write_text("#!/bin/sh\necho ' --print-limit arg'\necho 'Version 2025.3.0'\n")
+    known.chmod(0o755)
+    monkeypatch.setattr(sanitize, "ran", ran)
+    monkeypatch.setattr(sanitize, "executable", lambda: str(known))
+    monkeypatch.setattr(sanitize, "names_of", lambda part: ["one", "two"])
+    assert sanitize.main(["--out", str(tmp_path)]) == 0
+    assert seen["memcheck"][0][3:] == ["--error-exitcode", "9", "--print-limit", "300"]
+    assert "PYTORCH_NO_CUDA_MEMORY_CACHING" in seen["memcheck"][1]
+    report = json.loads((tmp_path / "sanitize.json").read_text())
+    assert report["clean"] and report["gpu"] == "G"
+    assert "| two" in (tmp_path / "sanitize.md").read_text()
+
+    texts["memcheck"] = OUTPUT
+    assert sanitize.main(["--out", str(tmp_path)]) == 1
+    page = (tmp_path / "sanitize.md").read_text()
+    assert "NOT clean" in page and "Invalid __global__ read" in page and "the end" in page
+    texts[""] = "Traceback\n"
+    seen.clear()
+    assert sanitize.main(["--out", str(tmp_path)]) == 1 and list(seen) == [""]
+    monkeypatch.setattr(sanitize, "executable", lambda: None)
+    assert sanitize.main(["--out", str(tmp_path)]) == 1
+
+
+def test_cases_cover_every_kernel_of_ours_and_both_products(sanitize):
+    found = sanitize.cases()
+    ours = {name for name in KERNELS if name.startswith(("cuda_", "triton_"))}
+    assert {case.kernel for case in found} | {"cuda_dequantize_w4a8"} == ours
+    assert len({case.name for case in found}) == len(found)
+    for kernel, schemes in sanitize.STREAM.items():
+        for scheme in schemes:
+            cuts = [c.shape for c in found if (c.kernel, c.scheme) == (kernel, scheme)]
+            assert {c.warpgroup for c in cuts} == ({0} if scheme == "fp8dq" else {0, 1})
+            assert {c.warps_k > 1 for c in cuts} == {c.splits > 1 for c in cuts} == {False, True}
+            for cut in cuts:  # every pipeline is filled again at least once
+                assert cut.stages * cut.step * cut.warps_k * cut.splits < sanitize.STREAM_K
