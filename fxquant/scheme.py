@@ -35,7 +35,7 @@ class Quantized(NamedTuple):
     zero: torch.Tensor | None
 
 
-SLAB = 1 << 25
+SLAB = 1 << 23
 """Weights that are quantized at once: the arithmetic takes some twenty bytes for each."""
 
 

@@ -106,7 +106,7 @@ SLOTS: dict[tuple[int, int], list[int]] = {
 }
 
 
-SLAB = 1 << 24
+SLAB = 1 << 23
 """Codes that are packed at once: the scratch memory is a few bytes for each."""
 
 
@@ -479,7 +479,8 @@ def cuda_w8a16(scheme, x, packed, bias, epilogue):
 )
 def cuda_w4a8(scheme, x, packed, bias, epilogue):
     q, n = scheme.input.quantize(x), packed[1].numel()
-    return _linear(q.codes, q.scale, q.zero, packed, bias, scheme, epilogue, n, x.dtype)
+    zero = q.zero.float()  # here, where Inductor fuses it with the quantization
+    return _linear(q.codes, q.scale, zero, packed, bias, scheme, epilogue, n, x.dtype)
 
 
 @kernel(

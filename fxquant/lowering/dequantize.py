@@ -29,11 +29,13 @@ UNPACK = {"cpu": 8, "cuda": 40}
 
 
 def _cost(problem: Problem):
-    weights = problem.n * problem.k
+    weights, device = problem.n * problem.k, problem.device
     operand = "float32" if problem.dtype == torch.float32 else "bfloat16"
-    return roofline(
-        problem, weight_bytes=UNPACK.get(problem.device.type, 8) * weights, operations=operand
-    ) + (0 if problem.device.type == "cuda" else 4 * weights / problem.device.peak["float32"])
+    if device.type == "cuda":  # the product comes after all unpacking
+        unpacking = UNPACK["cuda"] * weights / device.bandwidth
+        return unpacking + roofline(problem, weight_bytes=2 * weights, operations=operand)
+    product = roofline(problem, weight_bytes=UNPACK["cpu"] * weights, operations=operand)
+    return product + 4 * weights / device.peak["float32"]
 
 
 @kernel(

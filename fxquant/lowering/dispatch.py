@@ -17,13 +17,20 @@ from .kernel import CANONICAL, KERNELS, LAYOUTS
 def pack(
     codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, scheme: str, layout: str
 ) -> list[torch.Tensor]:
-    """Canonical codes and qparams in a kernel's layout. Outputs never alias the inputs."""
-    inputs = [t for t in (codes, scale, zero) if t is not None]
+    """Canonical codes and qparams in a kernel's layout.
+
+    Outputs share no storage with the inputs, not as views either: once packed, those are freed.
+    """
+    inputs = {_storage(t) for t in (codes, scale, zero) if t is not None}
     packed = LAYOUTS[layout].pack(get_scheme(scheme), Quantized(codes, scale, zero))
     if codes.is_cuda and not torch.cuda.is_current_stream_capturing():
         # kernels fetch their weight before the kernel ahead of them has ended: it must not be this one
         torch.cuda.current_stream(codes.device).synchronize()
-    return [t.clone() if any(t is i for i in inputs) else t for t in packed]
+    return [t.clone() if _storage(t) in inputs else t for t in packed]
+
+
+def _storage(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage()._cdata  # its identity, of fake tensors too
 
 
 @dataclass(frozen=True)

@@ -77,6 +77,29 @@ def test_large_weights_are_packed_in_slabs(scheme, monkeypatch):
         assert torch.equal(a, b)
 
 
+SOME = ("int4wo-64", "int4wo-64-sym", "8da4w-32", "int8wo", "int8dq", "fp8wo")
+PACKS = sorted(
+    {
+        (scheme, kernel.layout.name)
+        for kernel, scheme in itertools.product(KERNELS.values(), SOME)
+        if kernel.device != "cpu" and get_scheme(scheme).family in kernel.families
+    }
+)
+
+
+@pytest.mark.parametrize("scheme, layout", PACKS)
+def test_packed_weights_share_no_memory_with_what_they_were_packed_from(scheme, layout):
+    """Canonical codes are freed once packed: a view of them left in the pack would dangle."""
+    q = oracles.random_sample(scheme, 0, 64, 256, torch.float32).weight
+    packed = torch.ops.fxquant.pack(*q, scheme, layout)
+    before = [t.clone() for t in packed]
+    for tensor in q:
+        if tensor is not None:
+            tensor.view(torch.uint8).bitwise_not_()
+    for tensor, expected in zip(packed, before, strict=True):
+        assert torch.equal(tensor.view(torch.uint8), expected.view(torch.uint8))
+
+
 def test_extreme_scales_survive_the_stream():
     """Rows with scales from 2**-60 to 2**60, and a group 2**40 smaller than its row's largest."""
     scheme = get_scheme("int4wo-32")
