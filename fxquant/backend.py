@@ -6,7 +6,7 @@ import hashlib
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from .inductor import compile_graph
 from .modules import QuantLinear
 from .passes import pipeline
 from .recipe import Recipe
-from .weights import Folded
+from .weights import Folded, Memo
 
 log = logging.getLogger("fxquant.backend")
 
@@ -48,11 +48,16 @@ class Rewritten:
     folded: list[tuple[Folded, list[int]]]
     constants: list[torch.Tensor]
     layers: dict[str, Layer]
+    memo: Memo = field(default_factory=Memo)
 
     def extras(self, args: Sequence[Any]) -> list[torch.Tensor]:
         """What the graph takes besides its original inputs, for a call with ``args``."""
-        found = [t for module, where in self.folded for t in module(*[args[i] for i in where])]
-        return found + self.constants
+
+        def fold() -> list[torch.Tensor]:
+            return [t for module, where in self.folded for t in module(*[args[i] for i in where])]
+
+        feeds = [args[i] for _, where in self.folded for i in where]
+        return self.memo(feeds, fold) + self.constants
 
 
 def fxquant_backend(
@@ -288,7 +293,7 @@ def _sources_hash() -> str:
     """Of every file of fxquant that decides what is compiled."""
     digest = hashlib.sha256(torch.__version__.encode())
     for path in sorted(Path(__file__).parent.rglob("*")):
-        if path.suffix in (".py", ".cpp", ".h", ".json"):
+        if path.suffix in (".py", ".cpp", ".h", ".cu", ".json"):
             digest.update(path.read_bytes())
     return digest.hexdigest()
 

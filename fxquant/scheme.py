@@ -75,9 +75,12 @@ class QuantSpec:
         """Codes (sub-byte ones packed) and qparams of ``x``, the scale rounded to scale_dtype first."""
         if x.dim() == 2 and self.granularity in ("channel", "group") and x.numel() > SLAB:
             parts = [self.quantize(rows) for rows in x.split(max(SLAB // x.shape[1], 1))]
-            codes, scale, zero = zip(*parts, strict=True)
-            whole = None if zero[0] is None else torch.cat(zero)
-            return Quantized(torch.cat(codes), torch.cat(scale), whole)
+            zeros = [p.zero for p in parts if p.zero is not None]
+            return Quantized(
+                torch.cat([p.codes for p in parts]),
+                torch.cat([p.scale for p in parts]),
+                torch.cat(zeros) if zeros else None,
+            )
         block = self.block_size(x.dim())
         scale, zero = choose_qparams_affine(
             x,

@@ -236,3 +236,32 @@ def test_folded_weights_die_with_their_model(graphs):
     torch._dynamo.reset()
     gc.collect()
     assert weights.resident_bytes() == before
+
+
+def test_a_memo_computes_again_whenever_something_changed():
+    from fxquant.weights import Memo
+
+    weight, calls = torch.ones(3), []
+
+    def compute():
+        calls.append(weight.clone())
+        return [calls[-1]]
+
+    memo = Memo()
+    assert memo([weight], compute) and memo([weight], compute) and len(calls) == 1
+    weight.add_(1)
+    memo([weight], compute)
+    assert len(calls) == 2, "an in-place write"
+    weight.data = torch.zeros(3)
+    memo([weight], compute)
+    assert len(calls) == 3, "other memory"
+    memo([weight.clone()], compute)
+    assert len(calls) == 4, "another tensor"
+    fxquant.invalidate()
+    memo([weight.clone()], compute)
+    assert len(calls) == 5, "invalidated"
+    other = weight.clone()
+    memo([other], compute)
+    calls.clear()  # the result is dead
+    memo([other], compute)
+    assert len(calls) == 1, "the memo owns nothing"
