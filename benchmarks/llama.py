@@ -68,9 +68,11 @@ COMPILING, TIMING = fcntl.LOCK_SH, fcntl.LOCK_EX
 
 @contextmanager
 def gate(args: argparse.Namespace, kind: int) -> Iterator[None]:
-    """With ``--jobs``, several contenders compile at once, but none while another is timed."""
+    """With ``--jobs`` several compile at once, but none while another is timed: who waits goes first."""
     with (args.scratch / "gate").open("w") as file:  # closing it unlocks it
-        fcntl.flock(file, kind)
+        with (args.scratch / "queue").open("w") as queue:
+            fcntl.flock(queue, fcntl.LOCK_EX)
+            fcntl.flock(file, kind)
         yield
 
 

@@ -112,6 +112,7 @@ def page(report: dict[str, Any]) -> str:
             if r["phase"] == "prefill" and all_equal(mine[0], GROUP, r)
         ]
         parts.append(f"## {title(key)}\n\n{table(mine, prefills)}\n")
+    parts += [f"- {note}" for note in report.get("notes", [])]
     return "\n".join(parts)
 
 
