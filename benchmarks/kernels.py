@@ -61,9 +61,6 @@ PEERS = {
 }
 PEER_SHAPES = SHAPES[:4]
 
-COMPOSED = frozenset({"dequantize", "int_mm", "cuda_dequantize_w4a8"})
-"""Kernels of several ops: Inductor compiles them whole, quantization included."""
-
 CHECKED_ROWS, CHECKED_COLUMNS = 64, 2048
 BACKEND = "inductor"
 
@@ -117,7 +114,7 @@ class Subject:
         def whole(x: torch.Tensor, *packed: torch.Tensor) -> torch.Tensor:
             return run_kernel(name, scheme, layout, x, packed, None, "", n)
 
-        if name in COMPOSED:
+        if name in tuner.COMPOSED:
             return torch.compile(whole, dynamic=False, fullgraph=True, backend=BACKEND)
         if scheme.input is None:
             return whole

@@ -178,9 +178,18 @@ class _Subject:
 
     def other(self, name: str, x: torch.Tensor) -> Callable[[Sequence[torch.Tensor]], Any]:
         codes = [] if self.scheme.input is None else self.scheme.input.quantize(x)
-        scheme, layout = prequantized(self.scheme, codes), self.layout.name
-        return lambda packed: run_kernel(name, scheme, layout, x, packed, None, "", self.n)
+        row, layout, n = self.scheme, self.layout.name, self.n
 
+        def product(codes: Sequence[torch.Tensor], packed: Sequence[torch.Tensor]) -> torch.Tensor:
+            return run_kernel(name, prequantized(row, codes), layout, x, packed, None, "", n)
+
+        if name in COMPOSED:
+            product = torch.compile(product)
+        return lambda packed: product([t for t in codes if t is not None], packed)
+
+
+COMPOSED = frozenset({"dequantize", "int_mm", "cuda_dequantize_w4a8"})
+"""Kernels that are several torch ops: in a graph Inductor fuses what is around the product."""
 
 STREAMING = frozenset({"cuda_w4a16", "cuda_w8a16", "cuda_w4a8", "cuda_w8a8"})
 
