@@ -176,7 +176,9 @@ def test_measuring_on_the_cpu(kernels, tables, monkeypatch, composed):
     monkeypatch.setattr(kernels, "BACKEND", backend)
     monkeypatch.setattr(kernels, "replayed", clock)
     monkeypatch.setattr(kernels, "CHECKED_COLUMNS", 64)
-    monkeypatch.setattr(kernels, "COMPOSED", kernels.COMPOSED if composed else frozenset())
+    monkeypatch.setattr(
+        kernels.tuner, "COMPOSED", kernels.tuner.COMPOSED if composed else frozenset()
+    )
     one = Choice(LAYOUTS[CANONICAL], ((fallback, 0),), {})
     monkeypatch.setattr(kernels, "select", lambda problem: one)
     report = {"records": [], "peers": []}
@@ -204,7 +206,7 @@ def test_a_wrong_kernel_is_noticed(kernels, monkeypatch):
     monkeypatch.setattr(
         kernels, "select", lambda problem: Choice(layout, ((KERNELS["dequantize"], 0),), {})
     )
-    monkeypatch.setattr(kernels, "COMPOSED", frozenset())
+    monkeypatch.setattr(kernels.tuner, "COMPOSED", frozenset())
     subject = kernels.Subject(get_scheme("int8wo"), torch.randn(96, 64))
     x = kernels.activations(4, 64, CPU)
     assert subject.read(KERNELS["dequantize"], layout, x, 1e12)["error"] < 1
