@@ -38,7 +38,7 @@ from llama_report import machine
 from tabulate import tabulate
 
 from fxquant import tuner
-from fxquant.lowering import cuda_prefill, cuda_stream, triton_prefill
+from fxquant.lowering import cuda_layout, cuda_prefill, cuda_stream, triton_prefill
 from fxquant.lowering.cuda_stream import Shape
 from fxquant.lowering.dispatch import prequantized
 from fxquant.lowering.kernel import KERNELS
@@ -130,7 +130,7 @@ def build(todo: Sequence[Case]) -> None:
     def one(case: Case) -> None:
         scheme = get_scheme(case.scheme)
         dtype = torch.bfloat16 if scheme.input is None else scheme.input.codes_dtype
-        form = cuda_stream.format_of(scheme)
+        form = cuda_layout.format_of(scheme)
         cuda_stream.compiled(form, case.shape, dtype, torch.bfloat16, None, "", 0)  # type: ignore
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -170,7 +170,7 @@ def run(case: Case) -> float:
 
 def dequantized(scheme: Scheme, q: Quantized, packed: Any, n: int, k: int) -> float:
     """cuda_dequantize's own kernel in two slabs, the second with a broken tile."""
-    form, first = cuda_stream.format_of(scheme), cuda_stream.TILE
+    form, first = cuda_layout.format_of(scheme), cuda_layout.TILE
     found = []
     for start, rows in ((0, first), (first, n - first)):
         out = torch.empty(rows, k, dtype=torch.bfloat16, device="cuda")

@@ -293,7 +293,7 @@ def _sources_hash() -> str:
     """Of every file of fxquant that decides what is compiled."""
     digest = hashlib.sha256(torch.__version__.encode())
     for path in sorted(Path(__file__).parent.rglob("*")):
-        if path.suffix in (".py", ".cpp", ".h", ".cu", ".json"):
+        if path.suffix in (".py", ".cpp", ".h", ".cu", ".cuh", ".json"):
             digest.update(path.read_bytes())
     return digest.hexdigest()
 

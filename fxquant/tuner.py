@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from .backend import linears_of
 from .errors import InvalidOption
-from .lowering import cuda_stream
+from .lowering import cuda_layout, cuda_stream
 from .lowering.cuda_stream import Shape
 from .lowering.devices import device_row
 from .lowering.dispatch import prequantized, run_kernel
@@ -68,7 +68,7 @@ MULTIPROCESSORS = 132
 
 def cuts(scheme: Scheme, n: int, k: int, rows: int) -> list[Shape]:
     """The ways to cut ``cuda_stream``'s blocks that are worth a measurement."""
-    form = cuda_stream.format_of(scheme)
+    form = cuda_layout.format_of(scheme)
     if rows <= 16:
         tokens, parts = [rows if rows == 1 else -(-rows // 8) * 8], _FEW if rows == 1 else _SOME
     else:
@@ -93,7 +93,7 @@ def cuts(scheme: Scheme, n: int, k: int, rows: int) -> list[Shape]:
 
 def build(scheme: Scheme, shapes: Iterable[Shape], x: torch.dtype, device: torch.device) -> None:
     """Compile all these cuts at once: the compiler leaves Python's lock to others."""
-    form, y = cuda_stream.format_of(scheme), torch.bfloat16
+    form, y = cuda_layout.format_of(scheme), torch.bfloat16
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for shape in shapes:
             pool.submit(cuda_stream.compiled, form, shape, x, y, None, "", device.index)

@@ -15,22 +15,12 @@ import torch
 from ..scheme import get_scheme
 from . import nvrtc
 from .cost import roofline
-from .cuda_stream import (
-    CODE,
-    COMMON,
-    HALF,
-    STREAM,
-    TILE,
-    Format,
-    Shape,
-    defines,
-    format_of,
-    grouped,
-    source,
-)
+from .cuda_layout import STREAM, TILE, Format, format_of
+from .cuda_stream import CODE, COMMON, HALF, Shape, defines, grouped, text_of
 from .kernel import Problem, kernel
 from .triton_launch import LIBRARY, weight_bytes
 
+SOURCES = ("constants.cuh", "ptx.cuh", "dequantize.cu")
 SLAB_BYTES = 1 << 25
 THREADS = 256
 WARPS = THREADS // 32
@@ -55,7 +45,7 @@ def dequantize_tiles(
         bias_type=0,
         activation=0,
     )
-    text, device = source(form, shape, False), out.device.index
+    text, device = text_of(*SOURCES), out.device.index
     call = nvrtc.function(text, "stream_dequantize", constants, THREADS, 0, device, False)
     tiles = -(-out.shape[0] // TILE)
     pointers = (t.data_ptr() for t in (stream, per_row, out))

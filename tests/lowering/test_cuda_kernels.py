@@ -10,7 +10,7 @@ import torch
 
 import fxquant
 from fxquant import tuner
-from fxquant.lowering import cuda_stream, nvrtc
+from fxquant.lowering import cuda_layout, cuda_prefill, cuda_stream, nvrtc
 from fxquant.lowering.cuda_stream import Shape
 from fxquant.lowering.kernel import KERNELS, Device, Problem
 from fxquant.lowering.select import forget, select
@@ -71,9 +71,9 @@ def _with_layout(scheme: str):
 @pytest.mark.parametrize("scheme", ["int4wo-64", "8da4w-32", "int8wo"])
 def test_large_weights_are_packed_in_slabs(scheme, monkeypatch):
     whole = oracles.random_sample(scheme, 0, 80, 512, torch.float32).weight
-    expected = cuda_stream.pack(get_scheme(scheme), whole)
-    monkeypatch.setattr(cuda_stream, "SLAB", 512 * 32)
-    for a, b in zip(expected, cuda_stream.pack(get_scheme(scheme), whole), strict=True):
+    expected = cuda_layout.pack(get_scheme(scheme), whole)
+    monkeypatch.setattr(cuda_layout, "SLAB", 512 * 32)
+    for a, b in zip(expected, cuda_layout.pack(get_scheme(scheme), whole), strict=True):
         assert torch.equal(a, b)
 
 
@@ -109,7 +109,7 @@ def test_extreme_scales_survive_the_stream():
     scale[:, 1] *= 2.0**-40
     zero = (q.zero.float() * powers).bfloat16()
     extreme = q._replace(scale=scale, zero=zero)
-    back = cuda_stream.unpack(scheme, cuda_stream.pack(scheme, extreme), 24, 128)
+    back = cuda_layout.unpack(scheme, cuda_layout.pack(scheme, extreme), 24, 128)
     assert torch.equal(back.scale, scale) and torch.equal(back.zero, zero)
 
 
@@ -118,11 +118,14 @@ def test_extreme_scales_survive_the_stream():
     "scheme", ["int4wo-64", "int2wo-32", "int8wo", "fp8wo", "8da4w-32", "int8dq", "fp8dq"]
 )
 def test_every_form_compiles_for_hopper(scheme):
-    form = cuda_stream.format_of(get_scheme(scheme))
+    form = cuda_layout.format_of(get_scheme(scheme))
     shapes = [Shape(1, 4, 2, 1, 128, 4), Shape(4, 1, 2, 64, 128, 3, 1)]
     for shape in (s for s in shapes if s.fits(form, 4096)):
         constants = cuda_stream.defines(form, shape, x_half=0, y_type=1, bias_type=0, activation=4)
         text = cuda_stream.source(form, shape, False)
+        assert nvrtc.compile_source(text, dict(constants), "sm_90a")[:4] == b"\x7fELF"
+    if not form.row_major:
+        text = cuda_stream.text_of(*cuda_prefill.SOURCES)
         assert nvrtc.compile_source(text, dict(constants), "sm_90a")[:4] == b"\x7fELF"
 
 
@@ -158,7 +161,7 @@ def test_cuts_fit_and_cover_all_rows():
     for scheme, k, rows in itertools.product(
         ["int4wo-64", "int8dq", "fp8dq", "8da4w-128"], (896, 4096), tuner.ROWS
     ):
-        form = cuda_stream.format_of(get_scheme(scheme))
+        form = cuda_layout.format_of(get_scheme(scheme))
         found = tuner.cuts(get_scheme(scheme), 4096, k, rows)
         assert found and all(s.fits(form, k) for s in found)
 
@@ -250,7 +253,7 @@ def test_rows_beside_the_activations_do_not_matter():
     sample = oracles.random_sample(scheme, 3, 40, 256, torch.bfloat16).to("cuda")
     x = torch.full((5, 256), torch.nan, device="cuda", dtype=torch.bfloat16)
     x[1:4] = sample.x
-    packed = cuda_stream.pack(scheme, sample.weight)
+    packed = cuda_layout.pack(scheme, sample.weight)
     op = torch.ops.fxquant.stream_linear
     y = op(x[1:4], None, None, packed, None, "int4wo-64", "", 40, x.dtype)
     expected = oracles.run("cuda_w4a16", sample)

@@ -1,0 +1,43 @@
+// The constants a kernel is compiled for, all integers (cuda_stream.py sets them), and what follows:
+//   BITS of a weight; FLOAT8: whether the 8 bits are e4m3; X_BITS of an activation (16 or 8);
+//   X_HALF: 16-bit activations are float16, not bfloat16; CHUNK: k that share qparams (0: none
+//   inside the stream); ZERO: the qparams have a zero point; X_ZERO: activations have one;
+//   TOKENS of a block of threads (1, or a multiple of 8), ROW_TILES of a warp, WARPS_N, WARPS_K,
+//   STEP (k of a pipeline stage), STAGES; WARPGROUP: four warps multiply together (wgmma);
+//   BLOCKS of threads that a multiprocessor should hold; SPLITS;
+//   Y_TYPE, BIAS_TYPE: 0 none, 1 bfloat16, 2 float16, 3 float32; ACTIVATION: 0 none, 1 relu,
+//   2 gelu, 3 gelu_tanh, 4 silu.
+
+typedef unsigned int u32;
+typedef unsigned short u16;
+typedef unsigned long long u64;
+
+constexpr int TOKEN_TILES = (TOKENS + 7) / 8;
+constexpr int COLUMNS = 8 * TOKEN_TILES;  // one token alone is read as all eight columns
+constexpr int ROWS = 16 * ROW_TILES * WARPS_N;
+constexpr int GROUP_THREADS = 32 * WARPS_N;  // the warps that share a part of k, and its activations
+constexpr int THREADS = GROUP_THREADS * WARPS_K;
+constexpr bool INTEGER = X_BITS == 8 && !FLOAT8;
+constexpr bool GROUPED = CHUNK != 0;
+
+constexpr int BLOCK_BYTES = 64 * BITS;  // 16 rows, 32 k
+constexpr int QPARAM_BYTES = GROUPED ? (ZERO ? 64 : 32) : 0;
+constexpr int UNIT = GROUPED ? CHUNK : 32;
+constexpr int UNIT_BYTES = UNIT / 32 * BLOCK_BYTES + QPARAM_BYTES;
+
+// Rows in shared memory start an odd multiple of 16 bytes apart, so that the eight rows of a matrix
+// that ldmatrix reads meet different banks. wgmma reads rows of 128 bytes, swizzled.
+constexpr int X_ROW = STEP * X_BITS / 8;
+constexpr int STRIDE = X_ROW + 16;
+constexpr int X_BYTES = WARPGROUP ? TOKENS * X_ROW : TOKENS * STRIDE;
+
+// 8-bit products need no unpacking: their weight stays as it is, [n, k], which other kernels share,
+// and is read as the activations are.
+constexpr bool ROW_MAJOR = BITS == 8 && X_BITS == 8;
+constexpr int PIECE_ROW = ROW_MAJOR ? STEP : STEP / UNIT * UNIT_BYTES;  // contiguous in memory
+constexpr int PIECE_STRIDE = ROW_MAJOR ? STRIDE : PIECE_ROW;
+constexpr int PIECE_ROWS = ROW_MAJOR ? 16 : 1;  // of them in a tile
+constexpr int STEP_BYTES = PIECE_ROWS * PIECE_STRIDE;
+constexpr int W_BYTES = ROW_TILES * STEP_BYTES;  // of a warp and a stage
+constexpr int STAGE_BYTES = WARPGROUP ? (X_BYTES + WARPS_N * W_BYTES + 1023) / 1024 * 1024 : X_BYTES + WARPS_N * W_BYTES;
+constexpr int AHEAD = STAGES - (WARPGROUP ? 2 : 1);  // wgmma may still read the stage before

@@ -1,0 +1,223 @@
+// One stage of the pipeline: weights times activations, both in shared memory, onto the sums of a warp.
+
+template <bool YES, class A, class B>
+struct If {
+  typedef A type;
+};
+template <class A, class B>
+struct If<false, A, B> {
+  typedef B type;
+};
+typedef If<INTEGER && !GROUPED, int, float>::type Sum;
+typedef Sum Sums[ROW_TILES][TOKEN_TILES][4];
+
+// The address for ldmatrix of 8 tokens (or, in whole tiles, 16 channels) by 16-byte columns.
+__device__ __forceinline__ u32 token_address(int lane) {
+  return (TOKENS == 1 ? 0 : lane % 8 * STRIDE) + lane / 8 * 16;
+}
+
+#if WARPGROUP
+
+// Rows of 128 bytes in groups of eight, 1024 bytes apart; the 16-byte columns of a row are swapped by
+// its number modulo 8 (the "128-byte swizzle").
+__device__ __forceinline__ u64 descriptor(u32 x) {
+  return (x & 0x3ffff) >> 4 | u64(1) << 16 | u64(1024 >> 4) << 32 | u64(1) << 62;
+}
+
+// 32 bytes of k number ``index``, for every token: added to a descriptor
+__device__ __forceinline__ constexpr u64 slice(int index) {
+  return (index / 4 * TOKENS * 128 + index % 4 * 32) >> 4;
+}
+
+__device__ __forceinline__ void begin_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+
+template <int PENDING>
+__device__ __forceinline__ void end_products() {
+  asm volatile("wgmma.commit_group.sync.aligned;\nwgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
+}
+
+#endif
+
+#if X_BITS == 16
+
+// multiply, where sums are scaled
+__device__ __forceinline__ void multiply_codes(u32 weights, u32 x, int lane, u32 base, Sums& sums) {
+  const u32 ones[4] = {ONES, ONES, ONES, ONES};
+#pragma unroll
+  for (int chunk = 0; chunk < STEP / UNIT; ++chunk) {
+    float part[ROW_TILES][TOKEN_TILES][4] = {}, x_sum[TOKEN_TILES][4] = {};
+#pragma unroll
+    for (int block = 0; block < UNIT / 32; ++block) {
+      u32 a[ROW_TILES][2][4];
+#pragma unroll
+      for (int r = 0; r < ROW_TILES; ++r) {
+        const u32 at = weights + r * STEP_BYTES + chunk * UNIT_BYTES + block * BLOCK_BYTES;
+        widen_weights(load_shared<BITS / 2>(at + lane * (BLOCK_BYTES / 32)), Qparams(), base, a[r]);
+      }
+#pragma unroll
+      for (int j = 0; j < TOKEN_TILES; ++j) {
+        const u32 from = x + token_address(lane) + j * 8 * STRIDE + (chunk * (UNIT / 32) + block) * 64;
+        const Words<4> b = load_matrices<4>(from);
+#pragma unroll
+        for (int s = 0; s < 2; ++s) {
+          product16(x_sum[j], ones, b.w[2 * s], b.w[2 * s + 1]);
+#pragma unroll
+          for (int r = 0; r < ROW_TILES; ++r) product16(part[r][j], a[r][s], b.w[2 * s], b.w[2 * s + 1]);
+        }
+      }
+    }
+#pragma unroll
+    for (int r = 0; r < ROW_TILES; ++r) {
+      const Qparams q = load_qparams(weights + r * STEP_BYTES + (chunk + 1) * UNIT_BYTES - QPARAM_BYTES, lane >> 2);
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const float scale = __uint_as_float(q.scale[half]);
+        const float shift = fmaf(-OFFSET, scale, __uint_as_float(q.zero[half]));
+#pragma unroll
+        for (int j = 0; j < TOKEN_TILES; ++j)
+#pragma unroll
+          for (int i = 0; i < (TOKENS == 1 ? 1 : 2); ++i) {
+            float& sum = sums[r][j][2 * half + i];
+            sum = fmaf(scale, part[r][j][2 * half + i], fmaf(shift, x_sum[j][i], sum));
+          }
+      }
+    }
+  }
+}
+
+__device__ __forceinline__ void multiply(u32 weights, u32 x, int lane, u32 base, Sums& sums) {
+  if (SCALE_SUMS) return multiply_codes(weights, x, lane, base, sums);
+  Qparams q[ROW_TILES];
+#pragma unroll
+  for (int block = 0; block < STEP / 32; ++block) {
+    const u32 unit = weights + block / (UNIT / 32) * UNIT_BYTES;
+    u32 a[ROW_TILES][2][4];
+#pragma unroll
+    for (int r = 0; r < ROW_TILES; ++r) {
+      const u32 at = unit + r * STEP_BYTES;
+      if (GROUPED && block % (UNIT / 32) == 0) q[r] = load_qparams(at + UNIT_BYTES - QPARAM_BYTES, lane >> 2);
+      const u32 mine = at + block % (UNIT / 32) * BLOCK_BYTES + lane * (BLOCK_BYTES / 32);
+      widen_weights(load_shared<BITS / 2>(mine), q[r], 0, a[r]);
+    }
+#if WARPGROUP
+    begin_products();
+#pragma unroll
+    for (int r = 0; r < ROW_TILES; ++r)
+#pragma unroll
+      for (int s = 0; s < 2; ++s) product64(sums[r], a[r][s], descriptor(x) + slice(2 * block + s), 1);
+    end_products<1>();
+#else
+#pragma unroll
+    for (int j = 0; j < TOKEN_TILES; ++j) {
+      const Words<4> b = load_matrices<4>(x + token_address(lane) + j * 8 * STRIDE + block * 64);
+#pragma unroll
+      for (int r = 0; r < ROW_TILES; ++r) {
+        product16(sums[r][j], a[r][0], b.w[0], b.w[1]);
+        product16(sums[r][j], a[r][1], b.w[2], b.w[3]);
+      }
+    }
+#endif
+  }
+}
+
+#else  // X_BITS == 8
+
+// The block of a tile at ``at`` as the left operand of a k32 product
+__device__ __forceinline__ void load_weights(u32 at, int lane, u32 (&a)[4]) {
+#if BITS == 8  // 16 rows, two columns: the matrices are a0, a1 (rows 8 on), a2 (column 1), a3
+  const Words<4> w = load_matrices<4>(at + lane % 16 * STRIDE + lane / 16 * 16);
+  a[0] = w.w[0], a[1] = w.w[1], a[2] = w.w[2], a[3] = w.w[3];
+#else  // a nibble in the high half of a byte is 16 times its value: no sign to extend
+  const Words<2> w = load_shared<2>(at + lane * 8);
+  a[0] = w.w[0] & 0xf0f0f0f0u, a[2] = (w.w[0] << 4) & 0xf0f0f0f0u;
+  a[1] = w.w[1] & 0xf0f0f0f0u, a[3] = (w.w[1] << 4) & 0xf0f0f0f0u;
+#endif
+}
+
+#if CHUNK == 0
+
+__device__ __forceinline__ void multiply(u32 weights, u32 x, int lane, u32 base, Sums& sums) {
+#pragma unroll
+  for (int block = 0; block < STEP / 32; ++block) {
+    u32 a[ROW_TILES][4];
+#pragma unroll
+    for (int r = 0; r < ROW_TILES; ++r) load_weights(weights + r * STEP_BYTES + block * 32, lane, a[r]);
+#if WARPGROUP
+    begin_products();
+#pragma unroll
+    for (int r = 0; r < ROW_TILES; ++r) product64(sums[r], a[r], descriptor(x) + slice(block), 1);
+    end_products<1>();
+#else
+#pragma unroll
+    for (int j = 0; j < TOKEN_TILES; ++j) {
+      const Words<2> b = load_matrices<2>(x + token_address(lane % 16) + j * 8 * STRIDE + block * 32);
+#pragma unroll
+      for (int r = 0; r < ROW_TILES; ++r) product8(sums[r][j], a[r], b.w[0], b.w[1]);
+    }
+#endif
+  }
+}
+
+#else  // integers in groups
+
+// An integer below 2^22 added to 1.5 * 2^23 is the float of that sum, bit for bit: the accumulator
+// starts there, and leaves as a float by one subtraction.
+constexpr int MAGIC = 0x4b400000;
+
+__device__ __forceinline__ void multiply(u32 weights, u32 x, int lane, u32 base, Sums& sums) {
+  constexpr int DEPTH = UNIT / 32;
+#pragma unroll
+  for (int chunk = 0; chunk < STEP / UNIT; ++chunk) {
+    u32 a[ROW_TILES][DEPTH][4];
+    float scale[ROW_TILES][2];
+#pragma unroll
+    for (int r = 0; r < ROW_TILES; ++r) {
+      const u32 at = weights + r * STEP_BYTES + chunk * UNIT_BYTES;
+#pragma unroll
+      for (int block = 0; block < DEPTH; ++block) load_weights(at + block * BLOCK_BYTES, lane, a[r][block]);
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        u16 s;
+        const u32 row = (lane >> 2) + 8 * half;
+        asm volatile("ld.shared.b16 %0, [%1];" : "=h"(s) : "r"(at + UNIT_BYTES - QPARAM_BYTES + 2 * row));
+        scale[r][half] = widen(s, 1) * 0.0625f;
+      }
+    }
+#if WARPGROUP
+    int part[ROW_TILES][TOKEN_TILES][4];
+    begin_products();
+#pragma unroll
+    for (int r = 0; r < ROW_TILES; ++r)
+#pragma unroll
+      for (int block = 0; block < DEPTH; ++block)
+        product64(part[r], a[r][block], descriptor(x) + slice(chunk * DEPTH + block), block != 0);
+    end_products<0>();
+#pragma unroll
+    for (int r = 0; r < ROW_TILES; ++r)
+#pragma unroll
+      for (int j = 0; j < TOKEN_TILES; ++j)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) sums[r][j][i] += scale[r][i / 2] * static_cast<float>(part[r][j][i]);
+#else
+#pragma unroll
+    for (int j = 0; j < TOKEN_TILES; ++j) {
+      Words<2> b[DEPTH];
+#pragma unroll
+      for (int block = 0; block < DEPTH; ++block)
+        b[block] = load_matrices<2>(x + token_address(lane % 16) + j * 8 * STRIDE + (chunk * DEPTH + block) * 32);
+#pragma unroll
+      for (int r = 0; r < ROW_TILES; ++r) {
+        int part[4] = {MAGIC, MAGIC, MAGIC, MAGIC};
+#pragma unroll
+        for (int block = 0; block < DEPTH; ++block) product8(part, a[r][block], b[block].w[0], b[block].w[1]);
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+          sums[r][j][i] += scale[r][i / 2] * (__int_as_float(part[i]) - __int_as_float(MAGIC));
+      }
+    }
+#endif
+  }
+}
+
+#endif
+#endif  // X_BITS
