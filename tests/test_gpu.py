@@ -29,7 +29,7 @@ def test_scheme_compiles_and_is_right(scheme):
     assert torch.equal(run(x), y), "bit-identical from run to run"
 
 
-@pytest.mark.parametrize("scheme", ["int8dq", "int4wo-64", "8da4w-32"])
+@pytest.mark.parametrize("scheme", [*DISTINCT, "int4wo-64"])
 @torch.no_grad()
 def test_cuda_graphs_and_weight_updates(scheme):
     model = Block(256).cuda().bfloat16().requires_grad_(False).eval()

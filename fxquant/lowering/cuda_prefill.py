@@ -1,8 +1,8 @@
-"""CUDA C++ and cuBLAS: many rows against the layout of ``cuda_stream``.
+"""CUDA C++ and cuBLAS: many rows against the layout of ``cuda_layout``.
 
-The weight is written out in the activations' type, a slab of channels at a time, and multiplied by
-torch's own kernel. A slab stays in the L2 cache between the two, so that the wide weight costs
-little of the memory's time and at most ``SLAB_BYTES`` of its room.
+The weight is written out in the activations' type and multiplied by torch's own kernel, a slab of
+channels at a time: that bounds the room it takes. (Slabs small enough for the L2 cache were slower
+on an H200: 777 us instead of 684 for 2048 x 28672 x 4096.)
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from .kernel import Problem, kernel
 from .triton_launch import LIBRARY, weight_bytes
 
 SOURCES = ("constants.cuh", "ptx.cuh", "dequantize.cu")
-SLAB_BYTES = 1 << 25
+SLAB_BYTES = 1 << 28
 THREADS = 256
 WARPS = THREADS // 32
 
