@@ -45,7 +45,7 @@ def quantize(model: nn.Module, recipe: Any) -> nn.Module:
         key = (id(weight), scheme.name)
         if key not in shared:
             with torch.no_grad():
-                shared[key] = scheme.weight.quantize(weight)
+                shared[key] = scheme.weight.quantize_weight(weight)
         new = QuantLinear(scheme.name, shared[key], module.bias, weight.shape[1])  # type: ignore
         new.train(module.training)
         parent, _, child = name.rpartition(".")

@@ -43,7 +43,7 @@ class QuantLinear(nn.Module):
         """Quantize ``linear.weight`` [N, K]. On the meta device the result is on meta too."""
         row = get_scheme(scheme)
         weight = linear.weight.detach()  # type: ignore[union-attr, operator]
-        return cls(row.name, row.weight.quantize(weight), linear.bias, weight.shape[1])  # type: ignore
+        return cls(row.name, row.weight.quantize_weight(weight), linear.bias, weight.shape[1])  # type: ignore
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not torch.compiler.is_compiling():

@@ -57,7 +57,9 @@ def bundle(tensors: Sequence[torch.Tensor]) -> Quantized:
 @define("quantize(Tensor x, str scheme, str role) -> Tensor[]")
 def quantize(x: torch.Tensor, scheme: str, role: str) -> list[torch.Tensor]:
     """Codes, scale and, for formats that have one, zero point of ``x``."""
-    return [t for t in spec_of(scheme, role).quantize(x) if t is not None]
+    spec = spec_of(scheme, role)
+    found = spec.quantize_weight(x) if role == "weight" else spec.quantize(x)
+    return [t for t in found if t is not None]
 
 
 @torch.library.register_fake("fxquant::quantize", lib=LIBRARY, allow_override=True)

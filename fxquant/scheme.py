@@ -73,14 +73,6 @@ class QuantSpec:
 
     def quantize(self, x: torch.Tensor) -> Quantized:
         """Codes (sub-byte ones packed) and qparams of ``x``, the scale rounded to scale_dtype first."""
-        if x.dim() == 2 and self.granularity in ("channel", "group") and x.numel() > SLAB:
-            parts = [self.quantize(rows) for rows in x.split(max(SLAB // x.shape[1], 1))]
-            zeros = [p.zero for p in parts if p.zero is not None]
-            return Quantized(
-                torch.cat([p.codes for p in parts]),
-                torch.cat([p.scale for p in parts]),
-                torch.cat(zeros) if zeros else None,
-            )
         block = self.block_size(x.dim())
         scale, zero = choose_qparams_affine(
             x,
@@ -94,6 +86,18 @@ class QuantSpec:
             x, block, scale, zero, self.dtype, zero_point_domain=self.zero_point_domain
         )
         return Quantized(pack_codes(codes, self.dtype), scale, zero)
+
+    def quantize_weight(self, weight: torch.Tensor) -> Quantized:
+        """``quantize`` of a weight [N, K] with room for SLAB values at a time, if rows allow it."""
+        if self.granularity == "tensor" or weight.numel() <= SLAB:
+            return self.quantize(weight)
+        parts = [self.quantize(rows) for rows in weight.split(max(SLAB // weight.shape[1], 1))]
+        zeros = [p.zero for p in parts if p.zero is not None]
+        return Quantized(
+            torch.cat([p.codes for p in parts]),
+            torch.cat([p.scale for p in parts]),
+            torch.cat(zeros) if zeros else None,
+        )
 
     def dequantize(self, q: Quantized, dtype: torch.dtype) -> torch.Tensor:
         """Inverse of ``quantize``, computed in float32 (float64 when ``dtype`` is), rounded once."""

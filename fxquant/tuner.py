@@ -125,7 +125,7 @@ class _Subject:
         self.problem, self.layout = problem, select(problem).layout
         generator = torch.Generator(device).manual_seed(0)
         weight = torch.randn(n, k, device=device, generator=generator) * k**-0.5
-        self.packs = copies(self.layout.pack(scheme, scheme.weight.quantize(weight)))
+        self.packs = copies(self.layout.pack(scheme, scheme.weight.quantize_weight(weight)))
         self.float = copies([weight.bfloat16()])
 
     def kernels(self, rows: int) -> list[str]:
