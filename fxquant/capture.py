@@ -188,13 +188,13 @@ def _relative_path(path: str) -> str:
     return clean(path.lstrip("."))
 
 
-def name_layer(gm: fx.GraphModule, node: fx.Node, weight_parameters: frozenset[str]) -> str:
-    """The name of the layer that ``node`` computes.
+def name_layer(node: fx.Node, weight_parameters: frozenset[str], modules: dict[int, str]) -> str:
+    """The name of the layer that ``node`` computes; ``modules``: NAMES.modules().
 
     The module that owns the weight gives its name; a weight that belongs to no linear-like module
     of its own (``x @ self.w``) is named after itself.
     """
-    path, kind = module_of(node, NAMES.modules())
+    path, kind = module_of(node, modules)
     note(node)["type"] = kind
     names = sorted(weight_parameters)
     owned = [n for n in names if n.rpartition(".")[0] == path]

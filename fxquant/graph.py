@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import operator
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -88,8 +90,53 @@ def _append(graph: fx.Graph, like: fx.Node, target: Any, args: Any, kwargs: Any)
     return node
 
 
+_EVALUATED: ContextVar[dict[Any, Any] | None] = ContextVar("fxquant_evaluated", default=None)
+
+
+@contextmanager
+def evaluating_once() -> Iterator[None]:
+    """Within, ``evaluate`` runs an op once for all inputs that look alike: equal layers are free."""
+    token = _EVALUATED.set({})
+    try:
+        yield
+    finally:
+        _EVALUATED.reset(token)
+
+
 def evaluate(node: fx.Node) -> Any:
     """The fake value of a ``call_function`` node from the fake values of its inputs."""
+    known = _EVALUATED.get()
+    if known is None or not _repeatable(node.target):
+        return _evaluate(node)
+    inputs = map_arg((node.args, node.kwargs), lambda n: _look(n.meta["val"]))
+    key = (node.target, repr(inputs))
+    if key not in known:
+        known[key] = _evaluate(node)
+    return known[key]
+
+
+def _repeatable(target: Any) -> bool:
+    """Does equal input give an equal value? Not where it is written to, or a new symbol is made."""
+    if not isinstance(target, torch._ops.OpOverload) or target._schema.is_mutable:
+        return False
+    return not {torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output} & {*target.tags}
+
+
+def _look(value: Any) -> tuple[str, Any]:
+    return describe(value), getattr(value, "device", None)
+
+
+def describe(value: Any) -> str:
+    """A value as text: dtype, shape and stride of tensors, one by one in a list."""
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(describe, value))}]"
+    if not isinstance(value, torch.Tensor):
+        return str(value)
+    stride = tuple(value.stride()) if value.layout == torch.strided else "opaque"
+    return f"{value.dtype}{list(value.shape)} stride {stride}"
+
+
+def _evaluate(node: fx.Node) -> Any:
     args = map_arg(node.args, lambda n: n.meta["val"])
     kwargs = map_arg(node.kwargs, lambda n: n.meta["val"])
     if node.target is operator.getitem:

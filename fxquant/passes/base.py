@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
-import torch
 from torch import fx
 from torch.fx.passes.infra.pass_base import PassResult
 
 from ..errors import SignatureChanged, StageMismatch
-from ..graph import STAGES, bodies_of, layers, stage
+from ..graph import STAGES, bodies_of, describe, evaluating_once, layers, stage
 
 
 class Pass:
@@ -45,7 +43,8 @@ class Pass:
         if stage(gm) not in self.requires:
             expected = " or ".join(self.requires)
             raise StageMismatch(pass_name=self.name, required=expected, found=stage(gm))
-        return PassResult(gm, self._run(gm))
+        with evaluating_once():
+            return PassResult(gm, self._run(gm))
 
     def _run(self, gm: fx.GraphModule) -> bool:
         before = signature(gm)
@@ -60,8 +59,9 @@ class Pass:
         gm.recompile()
         if self.ensures:
             gm.meta["fxquant_stage"] = self.ensures
+        after = signature(gm)
         for what, old in before.items():
-            new = signature(gm)[what]
+            new = after[what]
             if old != new and not (what == "inputs" and gm.meta.get("fxquant_body")):
                 raise SignatureChanged(pass_name=self.name, what=what, before=old, after=new)
         return changed
@@ -78,13 +78,3 @@ def signature(gm: fx.GraphModule) -> dict[str, list[str]]:
     (output,) = gm.graph.find_nodes(op="output")
     outputs = [describe(n.meta.get("val")) for n in output.all_input_nodes]
     return {"inputs": inputs, "outputs": outputs}
-
-
-def describe(value: Any) -> str:
-    """A value as text: dtype, shape and stride of tensors, one by one in a list."""
-    if isinstance(value, list | tuple):
-        return f"[{', '.join(map(describe, value))}]"
-    if not isinstance(value, torch.Tensor):
-        return str(value)
-    stride = tuple(value.stride()) if value.layout == torch.strided else "opaque"
-    return f"{value.dtype}{list(value.shape)} stride {stride}"

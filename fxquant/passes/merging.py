@@ -11,6 +11,7 @@ from torch import fx
 
 from ..graph import (
     constants,
+    describe,
     emit,
     evaluate,
     layer_of,
@@ -22,7 +23,7 @@ from ..graph import (
     written,
 )
 from ..inductor import HigherOrderOperator
-from .base import describe, rewrites
+from .base import rewrites
 from .folding import folds
 
 aten = torch.ops.aten

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import fx
 
-from ..capture import name_layer
+from ..capture import NAMES, name_layer
 from ..graph import Layer, constants, emit, layers, note, replace, value
 from .base import rewrites
 
@@ -26,7 +27,7 @@ def normalize(gm: fx.GraphModule) -> bool:
     The casts that autocast would make are written out, so that what follows need not know of it.
     """
     changed = False
-    constant = constants(gm)
+    constant, modules = constants(gm), NAMES.modules()
     for node in list(gm.graph.nodes):
         if node.op != "call_function":
             continue
@@ -34,10 +35,10 @@ def normalize(gm: fx.GraphModule) -> bool:
             node = _product_to_linear(gm, node, constant)
             changed |= node is not None
         if node is not None and node.target is aten.linear.default:
-            changed |= _explicit_casts(gm, node)
-            _register(gm, node, constants(gm) if changed else constant)
+            changed |= _explicit_casts(gm, node, constant)
+            _register(gm, node, constant, modules)
         elif node is not None and node.target is ops.linear.default:
-            _register_quantized(gm, node, constant)
+            _register_quantized(gm, node, constant, modules)
     return changed
 
 
@@ -55,6 +56,7 @@ def _product_to_linear(gm: fx.GraphModule, node: fx.Node, constant: Any) -> fx.N
         return None
     with gm.graph.inserting_before(node):
         weight = _transposed(gm.graph, node, matrix)
+        _also_constant(constant, [(weight, matrix)])
         new = emit(gm.graph, node, aten.linear.default, x, weight, bias)
     new.meta["val"] = value(node)
     replace(node, new)
@@ -75,7 +77,7 @@ def _is_transpose(node: fx.Node) -> bool:
     return node.target is aten.permute.default and [d % 2 for d in node.args[1]] == [1, 0]  # type: ignore
 
 
-def _explicit_casts(gm: fx.GraphModule, node: fx.Node) -> bool:
+def _explicit_casts(gm: fx.GraphModule, node: fx.Node, constant: Any) -> bool:
     """Under autocast a float32 linear computes in bfloat16: say so in the graph."""
     dtype = value(node).dtype
     if all(value(a) is None or value(a).dtype == dtype for a in node.args):
@@ -87,13 +89,24 @@ def _explicit_casts(gm: fx.GraphModule, node: fx.Node) -> bool:
             else emit(gm.graph, node, aten.to.dtype, a, dtype)
             for a in node.args
         ]
+    _also_constant(constant, zip(args, node.args, strict=True))
     node.args = tuple(args)
     return True
 
 
-def _register(gm: fx.GraphModule, node: fx.Node, constant: dict[fx.Node, frozenset[str]]) -> None:
+def _also_constant(constant: Any, pairs: Iterable[tuple[Any, Any]]) -> None:
+    """Enter nodes that are computed from another one alone, given as (node, other)."""
+    constant.update({node: constant[other] for node, other in pairs if other in constant})
+
+
+def _register(
+    gm: fx.GraphModule,
+    node: fx.Node,
+    constant: dict[fx.Node, frozenset[str]],
+    modules: dict[int, str],
+) -> None:
     x, weight = node.args[:2]
-    name = name_layer(gm, node, constant.get(weight, frozenset()))  # type: ignore[arg-type]
+    name = name_layer(node, constant.get(weight, frozenset()), modules)  # type: ignore[arg-type]
     known = layers(gm)
     if name in known:
         known[name].uses += 1
@@ -112,10 +125,12 @@ def _register(gm: fx.GraphModule, node: fx.Node, constant: dict[fx.Node, frozens
         known[name].reason = "its weight is not a parameter or a buffer"
 
 
-def _register_quantized(gm: fx.GraphModule, node: fx.Node, constant: Any) -> None:
+def _register_quantized(
+    gm: fx.GraphModule, node: fx.Node, constant: Any, modules: dict[int, str]
+) -> None:
     """A QuantLinear of the user's model is a layer that has its scheme already."""
     x, codes = node.args[:2]
-    name = name_layer(gm, node, constant.get(codes, frozenset()))
+    name = name_layer(node, constant.get(codes, frozenset()), modules)
     layer = Layer(
         name=name,
         module_type=note(node).get("type", ""),

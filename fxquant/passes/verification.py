@@ -6,8 +6,8 @@ import torch
 from torch import fx
 
 from ..errors import IllegalGraph
-from ..graph import STAGES, bodies_of, constants, evaluate, is_folded, layers, stage
-from .base import Pass, describe
+from ..graph import STAGES, bodies_of, constants, describe, evaluate, is_folded, layers, stage
+from .base import Pass
 
 aten = torch.ops.aten
 ops = torch.ops.fxquant
