@@ -16,7 +16,6 @@ from torch._inductor import config as inductor_config
 from torch._inductor import list_mode_options
 from torch._inductor.compile_fx import compile_fx
 from torch._inductor.custom_graph_pass import CustomGraphPass
-from torch._inductor.decomposition import select_decomp_table
 from torch._logging import trace_structured
 from torch._ops import HigherOrderOperator
 from torch._subclasses import FakeTensor, FakeTensorMode
@@ -36,7 +35,6 @@ __all__ = [
     "nbytes",
     "retrace",
     "source_name",
-    "trace_decomposed",
     "trace_function",
     "tree_leaves",
     "tree_map",
@@ -107,20 +105,12 @@ def retrace(gm: fx.GraphModule, values: Sequence[Any]) -> fx.GraphModule:
 
 def trace_function(function: Callable, *values: Any) -> fx.GraphModule:
     """The ATen graph of ``function`` at these (fake) values; constants are not allowed in."""
-    return _trace(function, values, pre_dispatch=True)
-
-
-def trace_decomposed(function: Callable, *values: Any) -> fx.GraphModule:
-    """The graph of ``function`` in the ops that Inductor lowers."""
-    return _trace(function, values, decomposition_table=select_decomp_table())
-
-
-def _trace(function: Callable, values: Sequence[Any], **settings: Any) -> fx.GraphModule:
     mode = _mode_of(values)
-    assert mode is not None, "tracing needs fake values"
+    assert mode is not None, "trace_function needs fake values"
     with mode, tracing(None), torch.no_grad():
-        trace = make_fx(function, tracing_mode="real", _allow_non_fake_inputs=True, **settings)
-        return trace(*values)
+        return make_fx(
+            function, pre_dispatch=True, tracing_mode="real", _allow_non_fake_inputs=True
+        )(*values)
 
 
 def source_name(node: fx.Node) -> str:
@@ -161,19 +151,14 @@ def inductor_options() -> frozenset[str]:
     return frozenset(inductor_config.get_config_copy())
 
 
-class _Expansion(CustomGraphPass):
-    """``expand``, where lowering asks for it, before Inductor fuses.
+class _CacheTag(CustomGraphPass):
+    """Changes nothing: its uuid puts fxquant's sources and configuration into Inductor's cache key."""
 
-    Its uuid puts fxquant's sources and configuration into Inductor's cache key.
-    """
-
-    def __init__(self, expand: Callable[[fx.Graph], None] | None, tag: str):
-        self.expand = expand
+    def __init__(self, tag: str):
         self.tag = tag
 
     def __call__(self, graph: fx.Graph) -> None:
-        if self.expand is not None:
-            self.expand(graph)
+        return None
 
     def uuid(self) -> str:
         return self.tag
@@ -192,10 +177,7 @@ def compile_graph(
     ``origin`` is the Dynamo graph that ``gm`` was made from: what AOTAutograd looks up on a graph
     from Dynamo is carried over.
     """
-    patches = {
-        "post_grad_custom_pre_pass": _Expansion(gm.meta.get("fxquant_expand"), tag),
-        **patches,
-    }
+    patches = {"post_grad_custom_pre_pass": _CacheTag(tag), **patches}
     gm.meta.update({k: copy.copy(v) for k, v in origin.meta.items() if k not in gm.meta})
     if hasattr(origin, "_param_name_to_source"):
         # every parameter is a placeholder; constants that tracing made inside of bodies are left
