@@ -61,8 +61,6 @@ DEFAULT = ("bf16", *FXQUANT, *(f"torchao-{s}" for s in TORCHAO[:5]))
 """In order of priority: what comes last is missing first when time is short."""
 
 Step = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
-
-
 COMPILING, TIMING = fcntl.LOCK_SH, fcntl.LOCK_EX
 
 

@@ -35,6 +35,7 @@ __all__ = [
     "nbytes",
     "retrace",
     "source_name",
+    "storage_of",
     "trace_function",
     "tree_leaves",
     "tree_map",
@@ -130,6 +131,12 @@ def is_persistent(node: fx.Node, example: Any) -> bool:
     if not isinstance(example, torch.Tensor) or "_dynamo_static_input_type" not in tensor_dict:
         return False
     return bool(re.search(r"\._(buffers|parameters)\[", source_name(node)))
+
+
+def storage_of(tensor: torch.Tensor) -> int:
+    """The identity of the storage that ``tensor`` looks at: views share it, fake tensors have one, and
+    oneDNN's opaque layout, which has none, counts as one of its own."""
+    return id(tensor) if tensor.is_mkldnn else tensor.untyped_storage()._cdata
 
 
 def nbytes(tensor: torch.Tensor) -> int:

@@ -92,11 +92,14 @@ def cuts(scheme: Scheme, n: int, k: int, rows: int) -> list[Shape]:
 
 
 def build(scheme: Scheme, shapes: Iterable[Shape], x: torch.dtype, device: torch.device) -> None:
-    """Compile all these cuts at once: the compiler leaves Python's lock to others."""
+    """Compile all these cuts at once: the compiler leaves Python's lock to others. Raises BuildFailed."""
     form, y = cuda_layout.format_of(scheme), torch.bfloat16
+
+    def compile(shape: Shape) -> None:
+        cuda_stream.compiled(form, shape, x, y, None, "", device.index)
+
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for shape in shapes:
-            pool.submit(cuda_stream.compiled, form, shape, x, y, None, "", device.index)
+        list(pool.map(compile, shapes))
 
 
 @dataclass(frozen=True)
@@ -253,7 +256,8 @@ def tune(
         raise InvalidOption(
             name="device", value=str(device), expected="a CUDA device of this machine"
         )
-    device = torch.device("cuda", device.index or torch.cuda.current_device())
+    if device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
     shapes = (
         sorted({(layer.out_features, layer.in_features) for layer in linears_of([model])})
         if isinstance(model, nn.Module)

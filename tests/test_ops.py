@@ -44,3 +44,14 @@ def test_linear_is_the_reference_form(scheme):
     wanted = torch.relu(xq @ dq.T + b)
     found = ops.linear(x, *q, b, scheme, "relu")
     torch.testing.assert_close(found, wanted, rtol=1e-13, atol=1e-13)
+
+
+def test_storages_are_told_apart():
+    from fxquant.inductor import storage_of
+
+    x = torch.randn(4, 4)
+    assert storage_of(x) == storage_of(x.t()) == storage_of(x[1:].detach())
+    assert storage_of(x) != storage_of(x.clone())
+    if torch.backends.mkldnn.is_available():
+        opaque = x.to_mkldnn()
+        assert storage_of(opaque) not in (storage_of(x), storage_of(x.to_mkldnn()))

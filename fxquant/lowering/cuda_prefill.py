@@ -117,8 +117,8 @@ def stream_holds(p: Problem) -> str | None:
 
 def cost(p: Problem) -> sympy.Expr:
     """The float product, and the weight read, written and read again."""
-    wide = roofline(p, weight_bytes=2 * p.n * p.k, operations="bfloat16", launches=2)
-    return wide + (weight_bytes(p) + 2 * p.n * p.k) / p.device.bandwidth
+    product = roofline(p, weight_bytes=2 * p.n * p.k, operations="bfloat16", launches=2)
+    return product + (weight_bytes(p) + 2 * p.n * p.k) / p.device.bandwidth
 
 
 @kernel(

@@ -70,16 +70,19 @@ class Shape(NamedTuple):
 
     def fits(self, form: Format, k: int) -> bool:
         """Whether the kernel can be cut like this."""
-        whole = k % self.step == 0 and self.step % form.unit == 0
-        if self.warpgroup:
-            swizzled = self.step * form.x_bits // 8 % 128 == 0 and self.tokens % 8 == 0
-            whole = (
-                whole
-                and swizzled
-                and self.warps_n % 4 == 0
-                and not (form.row_major and form.float8)
-            )
-        return whole and self.threads <= 1024 and self.shared(form) * self.blocks <= SHARED_LIMIT
+        fits = k % self.step == 0 and self.step % form.unit == 0 and self.threads <= 1024
+        fits = fits and self.shared(form) * self.blocks <= SHARED_LIMIT
+        return fits and (self.fits_wgmma(form) if self.warpgroup else self.stages >= 2)
+
+    def fits_wgmma(self, form: Format) -> bool:
+        """Four warps a group, rows of 128 bytes, numbers of columns that the instruction has, and a stage
+        more. Its float8 sums have 14 bits: those stay with mma."""
+        row, columns = (
+            self.step * form.x_bits // 8,
+            8 if form.x_bits == 16 or self.tokens <= 32 else 16,
+        )
+        shaped = self.warps_n % 4 == 0 and row % 128 == 0 and self.tokens % columns == 0
+        return shaped and self.stages >= 3 and not (form.float8 and form.x_bits == 8)
 
 
 def warpgroup_product(form: Format, tokens: int, half: bool) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from ..inductor import storage_of
 from ..ops import ACTIVATIONS, LIBRARY, define
 from ..scheme import Quantized, QuantSpec, Scheme, get_scheme
 from .kernel import CANONICAL, KERNELS, LAYOUTS
@@ -21,16 +22,13 @@ def pack(
 
     Outputs share no storage with the inputs, not as views either: once packed, those are freed.
     """
-    inputs = {_storage(t) for t in (codes, scale, zero) if t is not None}
+    inputs = {storage_of(t) for t in (codes, scale, zero) if t is not None}
     packed = LAYOUTS[layout].pack(get_scheme(scheme), Quantized(codes, scale, zero))
+    packed = [t.clone() if storage_of(t) in inputs else t for t in packed]
     if codes.is_cuda and not torch.cuda.is_current_stream_capturing():
         # kernels fetch their weight before the kernel ahead of them has ended: it must not be this one
         torch.cuda.current_stream(codes.device).synchronize()
-    return [t.clone() if _storage(t) in inputs else t for t in packed]
-
-
-def _storage(tensor: torch.Tensor) -> int:
-    return tensor.untyped_storage()._cdata  # its identity, of fake tensors too
+    return packed
 
 
 @dataclass(frozen=True)

@@ -135,10 +135,12 @@ def test_a_source_that_does_not_compile_says_why():
         nvrtc.compile_source("int f() { return undefined_name; }", {}, "sm_90a")
 
 
-@pytest.mark.skipif(nvrtc.refusal() is not None, reason="kernels refuse without NVRTC")
 @pytest.mark.parametrize("scheme", sorted(fxquant.SCHEMES))
-def test_hopper_gets_these_kernels_for_every_scheme(scheme):
+def test_hopper_gets_these_kernels_for_every_scheme(scheme, monkeypatch):
+    monkeypatch.setattr(nvrtc, "refusal", lambda: None)
+    forget()
     choice = select(problem(scheme))
+    forget()
     assert choice.at(1).name in {"cuda_w4a16", "cuda_w8a16", "cuda_w4a8", "cuda_w8a8"}
     assert choice.at(16).name.startswith("cuda_")
 
@@ -164,6 +166,21 @@ def test_cuts_fit_and_cover_all_rows():
         form = cuda_layout.format_of(get_scheme(scheme))
         found = tuner.cuts(get_scheme(scheme), 4096, k, rows)
         assert found and all(s.fits(form, k) for s in found)
+
+
+def test_wgmma_takes_only_what_the_instruction_has():
+    integer, half, float8 = (
+        cuda_layout.format_of(get_scheme(s)) for s in ("8da4w-32", "int4wo-64", "fp8dq")
+    )
+    good = Shape(4, 1, 2, 32, 128, 3, 1)
+    assert good.fits(integer, 4096) and good.fits(half, 4096) and not good.fits(float8, 4096)
+    assert good._replace(tokens=40).fits(half, 4096), "any multiple of 8"
+    assert not good._replace(tokens=40).fits(integer, 4096), "above 32, of 16"
+    assert good._replace(tokens=48).fits(integer, 4096)
+    assert not good._replace(step=64).fits(integer, 4096), "rows of 128 bytes"
+    for wrong in (good._replace(stages=2), good._replace(warps_n=2), good._replace(tokens=12)):
+        assert not wrong.fits(half, 4096), wrong
+    assert not good.fits(half, 4096 + 64), "k is not whole steps"
 
 
 def test_the_fastest_readings_become_the_table(tmp_path, monkeypatch):

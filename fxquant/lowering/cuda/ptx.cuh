@@ -28,10 +28,8 @@ __device__ __forceinline__ void wait_for_oldest() {
 
 // The previous kernel of the stream may still run until here; nothing it writes is read before.
 __device__ __forceinline__ void wait_for_previous_kernel() {
-#if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
   asm volatile("griddepcontrol.launch_dependents;");
-#endif
 }
 
 __device__ __forceinline__ void group_barrier(int group) {
