@@ -16,6 +16,7 @@ from torch._inductor import config as inductor_config
 from torch._inductor import list_mode_options
 from torch._inductor.compile_fx import compile_fx
 from torch._inductor.custom_graph_pass import CustomGraphPass
+from torch._inductor.decomposition import select_decomp_table
 from torch._logging import trace_structured
 from torch._ops import HigherOrderOperator
 from torch._subclasses import FakeTensor, FakeTensorMode
@@ -36,6 +37,7 @@ __all__ = [
     "retrace",
     "source_name",
     "storage_of",
+    "trace_decomposed",
     "trace_function",
     "tree_leaves",
     "tree_map",
@@ -106,12 +108,20 @@ def retrace(gm: fx.GraphModule, values: Sequence[Any]) -> fx.GraphModule:
 
 def trace_function(function: Callable, *values: Any) -> fx.GraphModule:
     """The ATen graph of ``function`` at these (fake) values; constants are not allowed in."""
+    return _trace(function, values, pre_dispatch=True)
+
+
+def trace_decomposed(function: Callable, *values: Any) -> fx.GraphModule:
+    """The graph of ``function`` in the ops that Inductor lowers."""
+    return _trace(function, values, decomposition_table=select_decomp_table())
+
+
+def _trace(function: Callable, values: Sequence[Any], **settings: Any) -> fx.GraphModule:
     mode = _mode_of(values)
-    assert mode is not None, "trace_function needs fake values"
+    assert mode is not None, "tracing needs fake values"
     with mode, tracing(None), torch.no_grad():
-        return make_fx(
-            function, pre_dispatch=True, tracing_mode="real", _allow_non_fake_inputs=True
-        )(*values)
+        trace = make_fx(function, tracing_mode="real", _allow_non_fake_inputs=True, **settings)
+        return trace(*values)
 
 
 def source_name(node: fx.Node) -> str:
@@ -158,17 +168,27 @@ def inductor_options() -> frozenset[str]:
     return frozenset(inductor_config.get_config_copy())
 
 
-class _CacheTag(CustomGraphPass):
-    """Changes nothing: its uuid puts fxquant's sources and configuration into Inductor's cache key."""
+class _Expansion(CustomGraphPass):
+    """``expand``, where lowering asks for it, before Inductor fuses; then the user's own pass.
 
-    def __init__(self, tag: str):
+    Its uuid puts fxquant's sources and configuration into Inductor's cache key.
+    """
+
+    def __init__(self, expand: Callable[[fx.Graph], None] | None, tag: str, after: Any = None):
+        self.passes = [p for p in (expand, after) if p is not None]
+        self.after = after
         self.tag = tag
 
     def __call__(self, graph: fx.Graph) -> None:
-        return None
+        for apply in self.passes:
+            apply(graph)
 
-    def uuid(self) -> str:
-        return self.tag
+    def uuid(self) -> Any:
+        """None, which keeps the graph out of the cache, where the user's pass has no uuid."""
+        if self.after is None:
+            return self.tag
+        theirs = self.after.uuid() if isinstance(self.after, CustomGraphPass) else None
+        return theirs and (self.tag, theirs)
 
 
 def compile_graph(
@@ -184,7 +204,9 @@ def compile_graph(
     ``origin`` is the Dynamo graph that ``gm`` was made from: what AOTAutograd looks up on a graph
     from Dynamo is carried over.
     """
-    patches = {"post_grad_custom_pre_pass": _CacheTag(tag), **patches}
+    hook = "post_grad_custom_pre_pass"
+    expansion = _Expansion(gm.meta.get("fxquant_expand"), tag, patches.get(hook))
+    patches = {**patches, hook: expansion}
     gm.meta.update({k: copy.copy(v) for k, v in origin.meta.items() if k not in gm.meta})
     if hasattr(origin, "_param_name_to_source"):
         # every parameter is a placeholder; constants that tracing made inside of bodies are left

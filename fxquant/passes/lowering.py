@@ -12,11 +12,12 @@ from ..errors import NoKernel
 from ..graph import Layer, constants, emit, inline, layer_of, layers, note, replace, value
 from ..inductor import trace_function
 from ..lowering.devices import device_row
-from ..lowering.dispatch import run_kernel
+from ..lowering.dispatch import prequantized, run_kernel
 from ..lowering.kernel import Problem
 from ..lowering.select import FALLBACK, Choice, select
 from ..scheme import get_scheme
 from .base import Pass
+from .expansion import expand
 from .folding import fold
 
 aten = torch.ops.aten
@@ -36,6 +37,7 @@ def lower(*, strict: bool = False) -> Pass:
         for node in nodes:
             if node.args[1] in constant:
                 _lower_one(gm, node, packed, bodies, strict)
+        gm.meta["fxquant_expand"] = expand
         fold(gm)
         return bool(nodes)
 
@@ -110,18 +112,19 @@ def _call(
 ) -> Any:
     """The kernel's own nodes where one is chosen, for Inductor to fuse; else ``dispatch``."""
     name, layout = problem.scheme.name, choice.layout.name
+    codes = _codes(graph, node, problem, x)
     if problem.m is None and len(choice.steps) > 1:
-        codes = _codes(graph, node, problem, x)
         args = (x, codes, packed, bias, name, layout, choice.plan, epilogue, problem.n)
         return emit(graph, node, ops.dispatch.default, *args)
     kernel = choice.at(problem.m or 0)
 
     def compute(x: torch.Tensor, *rest: torch.Tensor) -> torch.Tensor:
-        weights, bias = rest[: len(packed)], rest[len(packed)] if len(rest) > len(packed) else None
-        row = problem.scheme
+        row = prequantized(problem.scheme, rest[: len(codes)])
+        weights, biases = rest[len(codes) :][: len(packed)], rest[len(codes) + len(packed) :]
+        bias = biases[0] if biases else None
         return run_kernel(kernel.name, row, layout, x, weights, bias, epilogue, problem.n)
 
-    args = [x, *packed] + ([bias] if bias is not None else [])
+    args = [x, *codes, *packed] + ([bias] if bias is not None else [])
     key = (kernel.name, problem, epilogue)
     if problem.m is None or key not in bodies:  # equal layers share a trace, unless M is symbolic
         bodies[key] = trace_function(compute, *(value(a) for a in args))
@@ -129,15 +132,11 @@ def _call(
 
 
 def _codes(graph: fx.Graph, node: fx.Node, problem: Problem, x: fx.Node) -> list[fx.Node]:
-    """``x`` quantized by nodes of the graph, which Inductor fuses; nothing where it stays float."""
-    spec = problem.scheme.input
-    if spec is None:
+    """``x`` quantized, which ``expand`` writes out for Inductor; nothing where it stays float."""
+    if problem.scheme.input is None:
         return []
-
-    def quantize(x: torch.Tensor) -> list[torch.Tensor]:
-        return [t for t in spec.quantize(x) if t is not None]
-
-    return inline(graph, node, trace_function(quantize, value(x)), [x])
+    found = emit(graph, node, ops.quantize.default, x, problem.scheme.name, "input")
+    return [emit(graph, node, operator.getitem, found, i) for i in range(len(value(found)))]
 
 
 def _report(gm: fx.GraphModule, node: fx.Node, problem: Problem, choice: Choice) -> None:
