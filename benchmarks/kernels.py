@@ -18,12 +18,14 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import itertools
 import json
 import signal
 import subprocess
 import sys
 import time
 import traceback
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -38,7 +40,6 @@ from kernels_report import Reading, defects, page, short
 from llama_report import machine, rounded
 
 from fxquant import tuner
-from fxquant.lowering import cuda_stream
 from fxquant.lowering.devices import device_row
 from fxquant.lowering.dispatch import prequantized, run_kernel
 from fxquant.lowering.kernel import KERNELS, Kernel, Layout, Problem
@@ -164,16 +165,17 @@ def copy_bandwidth(device: torch.device, size: int = 1 << 30) -> float:
 
 
 def build(schemes: Sequence[Scheme], shapes, rows: Sequence[int], device: torch.device) -> None:
-    """Compile what ``cuda_stream`` will launch, all cuts at once."""
+    """Compile what will be launched, all cuts at once."""
 
     def one(scheme: Scheme) -> None:
         dtype = torch.bfloat16 if scheme.input is None else scheme.input.codes_dtype
-        found = set()
-        for n, k in shapes:
-            choice, name = select(problem_of(scheme, n, k, device)), device_row(device).name
-            streamed = [m for m in rows if choice.at(m).name in tuner.STREAMING]
-            found |= {cuda_stream.shape_for(scheme, n, k, m, name) for m in streamed}
-        tuner.build(scheme, found, dtype, device)
+        name, found = device_row(device).name, defaultdict(set)
+        for (n, k), m in itertools.product(shapes, rows):
+            cutter = tuner.CUTTERS.get(select(problem_of(scheme, n, k, device)).at(m).name)
+            if cutter is not None:
+                found[cutter].add(cutter.pick(scheme, n, k, m, name))
+        for cutter, cuts in found.items():
+            tuner.build(cutter, scheme, cuts, dtype, device)
 
     with ThreadPoolExecutor(len(schemes)) as pool:
         list(pool.map(one, schemes))

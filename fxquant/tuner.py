@@ -1,7 +1,7 @@
 """tune(): measure the kernels on a model's own shapes, and keep the result for this machine.
 
 For each (scheme, n, k) and each range of rows the kernels of the layer's layout are timed, and
-``cuda_stream`` under each way to cut its blocks. The fastest go to the user's table
+those of ``CUTTERS`` under each way to cut their blocks. The fastest go to the user's table
 (``lowering/tuning.py``), which every later compile reads.
 """
 
@@ -26,7 +26,8 @@ from tqdm import tqdm
 
 from .backend import linears_of
 from .errors import InvalidOption
-from .lowering import cuda_layout, cuda_stream
+from .lowering import cuda_layout, cuda_pipeline, cuda_stream
+from .lowering.cuda_pipeline import Cut
 from .lowering.cuda_stream import Shape
 from .lowering.devices import device_row
 from .lowering.dispatch import prequantized, run_kernel
@@ -66,7 +67,7 @@ MULTIPROCESSORS = 132
 """Of a Hopper GPU: with fewer blocks than this, k is split among more."""
 
 
-def cuts(scheme: Scheme, n: int, k: int, rows: int) -> list[Shape]:
+def stream_cuts(scheme: Scheme, n: int, k: int, rows: int) -> list[Shape]:
     """The ways to cut ``cuda_stream``'s blocks that are worth a measurement."""
     form = cuda_layout.format_of(scheme)
     if rows <= 16:
@@ -91,12 +92,57 @@ def cuts(scheme: Scheme, n: int, k: int, rows: int) -> list[Shape]:
     return found
 
 
-def build(scheme: Scheme, shapes: Iterable[Shape], x: torch.dtype, device: torch.device) -> None:
+_GROUPS = ((1, 2), (2, 1), (2, 2), (3, 1), (4, 1), (4, 2))
+"""Warpgroups, and tiles of each, of ``cuda_pipeline``."""
+
+
+def pipeline_cuts(scheme: Scheme, n: int, k: int, rows: int) -> list[Cut]:
+    """The ways to cut ``cuda_pipeline``'s blocks that are worth a measurement."""
+    if rows <= 16:
+        return []
+    form = cuda_layout.format_of(scheme)
+    tokens = [64, -(-rows // 16) * 16] if rows <= 128 else [64, 128, 256]
+    found = []
+    for count, (groups, tiles), step, cluster, blocks in itertools.product(
+        sorted(set(tokens)), _GROUPS, (64, 128, 256), (1, 2), (1, 2)
+    ):
+        deepest = [Cut(groups, tiles, count, step, s, cluster, blocks) for s in (6, 5, 4, 3)]
+        found += [cut for cut in deepest if cut.fits(form, k)][:1]
+    return found
+
+
+@dataclass(frozen=True)
+class Cutter:
+    """A kernel family whose blocks can be cut: where its tuned cuts lie, which are worth a reading for
+    (scheme, n, k, rows), which is picked on a device, what compiles and what runs one."""
+
+    section: str
+    cuts: Callable[[Scheme, int, int, int], Sequence[Any]]
+    pick: Callable[[Scheme, int, int, int, str], Any]
+    compiled: Callable[..., Any]
+    run: Callable[..., torch.Tensor]
+
+
+_STREAM = Cutter(
+    "shapes", stream_cuts, cuda_stream.shape_for, cuda_stream.compiled, cuda_stream.run
+)
+_PIPELINE = Cutter(
+    "pipelines", pipeline_cuts, cuda_pipeline.cut_for, cuda_pipeline.compiled, cuda_pipeline.run
+)
+CUTTERS = {
+    **dict.fromkeys(("cuda_w4a16", "cuda_w8a16", "cuda_w4a8", "cuda_w8a8"), _STREAM),
+    **dict.fromkeys(("cuda_pipeline", "cuda_pipeline_w4a8"), _PIPELINE),
+}
+
+
+def build(
+    cutter: Cutter, scheme: Scheme, shapes: Iterable[Any], x: torch.dtype, device: torch.device
+) -> None:
     """Compile all these cuts at once: the compiler leaves Python's lock to others. Raises BuildFailed."""
     form, y = cuda_layout.format_of(scheme), torch.bfloat16
 
-    def compile(shape: Shape) -> None:
-        cuda_stream.compiled(form, shape, x, y, None, "", device.index)
+    def compile(shape: Any) -> None:
+        cutter.compiled(form, shape, x, y, None, "", device.index)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         list(pool.map(compile, shapes))
@@ -146,19 +192,21 @@ class _Subject:
         base = replayed([partial(F.linear, x, w) for (w,) in self.float])
         with torch.no_grad():
             for name in self.kernels(rows):
-                if name not in STREAMING:
+                cutter = CUTTERS.get(name)
+                if cutter is None:
                     self.one(rows, name, None, self.other(name, x), base, emit)
                     continue
-                operands, shapes = self.operands(x), cuts(self.scheme, self.n, self.k, rows)
-                build(self.scheme, shapes, operands[0].dtype, self.device)
+                operands, shapes = self.operands(x), cutter.cuts(self.scheme, self.n, self.k, rows)
+                build(cutter, self.scheme, shapes, operands[0].dtype, self.device)
                 for shape in shapes:
-                    self.one(rows, name, shape, partial(self.stream, shape, *operands), base, emit)
+                    run = partial(self.cut, cutter, shape, *operands)
+                    self.one(rows, name, shape, run, base, emit)
 
     def one(
         self,
         rows: int,
         name: str,
-        shape: Shape | None,
+        shape: tuple[int, ...] | None,
         run: Callable[[Sequence[torch.Tensor]], Any],
         base: float,
         emit: Callable[[Reading], None],
@@ -174,8 +222,8 @@ class _Subject:
         flat = [None if t is None else t.float().reshape(-1).contiguous() for t in q[1:]]
         return q.codes, flat[0], flat[1]
 
-    def stream(self, shape, x, scale, zero, packed) -> torch.Tensor:
-        return cuda_stream.run(
+    def cut(self, cutter, shape, x, scale, zero, packed) -> torch.Tensor:
+        return cutter.run(
             self.scheme, shape, x, scale, zero, packed, None, self.n, "", torch.bfloat16
         )
 
@@ -194,8 +242,6 @@ class _Subject:
 COMPOSED = frozenset({"dequantize", "int_mm", "cuda_dequantize_w4a8"})
 """Kernels that are several torch ops: in a graph Inductor fuses what is around the product."""
 
-STREAMING = frozenset({"cuda_w4a16", "cuda_w8a16", "cuda_w4a8", "cuda_w8a8"})
-
 
 def best(readings: Iterable[Reading]) -> dict[str, dict[str, list[Any]]]:
     """The table of the fastest: kernels and cuts by scheme and shape, in order of rows."""
@@ -203,20 +249,23 @@ def best(readings: Iterable[Reading]) -> dict[str, dict[str, list[Any]]]:
     ordered = sorted(readings, key=lambda r: (r.scheme, r.n, r.k, r.rows, r.seconds))
     for (scheme, n, k), group in itertools.groupby(ordered, lambda r: (r.scheme, r.n, r.k)):
         kernels: list[Any] = []
-        shapes: list[Any] = []
         first = 0
         for rows, found in itertools.groupby(group, lambda r: r.rows):
             fastest = list(found)
             if not kernels or kernels[-1][0] != fastest[0].kernel:
                 kernels.append([fastest[0].kernel, first])
-            cut = next((r.shape for r in fastest if r.shape is not None), None)
-            if cut is not None and (not shapes or shapes[-1][1] != list(cut)):
-                shapes.append([first, list(cut)])
+            for section in sorted({c.section for c in CUTTERS.values()}):
+                cuts = table[section].setdefault(key(scheme, n, k), [])
+                cut = next((list(r.shape or ()) for r in fastest if _section(r) == section), None)
+                if cut and (not cuts or cuts[-1][1] != cut):
+                    cuts.append([first, cut])
             first = rows + 1
         table["kernels"][key(scheme, n, k)] = kernels
-        if shapes:
-            table["shapes"][key(scheme, n, k)] = shapes
-    return table
+    return {name: {k: v for k, v in section.items() if v} for name, section in table.items()}
+
+
+def _section(reading: Reading) -> str | None:
+    return None if reading.shape is None else CUTTERS[reading.kernel].section
 
 
 def measure(

@@ -16,7 +16,7 @@ from ..scheme import get_scheme
 from . import nvrtc
 from .cost import roofline
 from .cuda_layout import STREAM, TILE, Format, format_of
-from .cuda_stream import CODE, COMMON, HALF, Shape, defines, grouped, text_of
+from .cuda_stream import CODE, COMMON, HALF, Shape, defines, stream_holds, text_of
 from .kernel import Problem, kernel
 from .triton_launch import LIBRARY, weight_bytes
 
@@ -105,14 +105,6 @@ NARROW = 128
 def wide(p: Problem) -> str | None:
     """Below this cuBLAS splits k, and adds the parts in the type of the result."""
     return None if p.n >= NARROW else f"n = {p.n} is below {NARROW}: not worth a second kernel"
-
-
-def stream_holds(p: Problem) -> str | None:
-    """The weight is of a form that the stream has."""
-    w = p.scheme.weight
-    if w.granularity == "channel":
-        return None if w.zero_point_domain == "none" else "takes no zero points per channel"
-    return grouped(p)
 
 
 def cost(p: Problem) -> sympy.Expr:

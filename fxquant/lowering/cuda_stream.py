@@ -57,16 +57,18 @@ class Shape(NamedTuple):
     def rows(self) -> int:
         return TILE * self.row_tiles * self.warps_n
 
-    def shared(self, form: Format) -> int:
-        """Bytes of shared memory: the pipeline, or the partial sums that follow it."""
+    def stage_bytes(self, form: Format) -> int:
+        """Bytes of one stage of the pipeline."""
         row = self.step * form.x_bits // 8
         tile = TILE * (row + 16) if form.row_major else self.step // form.unit * form.unit_bytes
         stage = self.warps_n * self.row_tiles * tile
         stage += self.tokens * (row if self.warpgroup else row + 16)
-        if self.warpgroup:
-            stage = -(-stage // 1024) * 1024
+        return -(-stage // 1024) * 1024 if self.warpgroup else stage
+
+    def shared(self, form: Format) -> int:
+        """Bytes of shared memory: the pipeline, or the partial sums that follow it."""
         sums = self.warps_k * max(self.tokens, 8) * (self.rows + 4) * 4
-        return max(self.warps_k * self.stages * stage, sums)
+        return max(self.warps_k * self.stages * self.stage_bytes(form), sums)
 
     def fits(self, form: Format, k: int) -> bool:
         """Whether the kernel can be cut like this."""
@@ -110,7 +112,7 @@ def warpgroup_product(form: Format, tokens: int, half: bool) -> str:
 def shape_for(scheme: Scheme, n: int, k: int, rows: int, device: str) -> Shape:
     """The cut for this many rows: measured for this layer, or for the likest one that was, or plain."""
     form = format_of(scheme)
-    for found in tuned_shapes(device, scheme.name, scheme.family, n, k, rows):
+    for found in tuned_shapes(device, "shapes", scheme.name, scheme.family, n, k, rows):
         if (shape := Shape(*found)).fits(form, k):
             return shape
     steps = (s for s in (128, 64, 32) if s % form.unit == 0)
@@ -139,6 +141,34 @@ def source(form: Format, shape: Shape, half: bool) -> str:
     return head + text_of("constants.cuh", "ptx.cuh", "unpack.cuh", "multiply.cuh", "stream.cu")
 
 
+def compile_linear(
+    text: str,
+    entry: str,
+    form: Format,
+    shape: Shape,
+    x: torch.dtype,
+    y: torch.dtype,
+    bias: torch.dtype | None,
+    epilogue: str,
+    device: int,
+    *,
+    threads: int,
+    shared: int,
+    cluster: int = 1,
+) -> nvrtc.Function:
+    """The kernel ``entry`` of ``text`` for one form, one cut and these types."""
+    constants = defines(
+        form,
+        shape,
+        cluster=cluster,
+        x_half=x == torch.float16,
+        y_type=CODE[y],
+        bias_type=0 if bias is None else CODE[bias],
+        activation=ACTIVATION[epilogue],
+    )
+    return nvrtc.function(text, entry, constants, threads, shared, device, True)
+
+
 @lru_cache(maxsize=4096)
 def compiled(
     form: Format,
@@ -150,17 +180,9 @@ def compiled(
     device: int,
 ) -> nvrtc.Function:
     """The kernel for these types, built unless the cache has it."""
-    half = x == torch.float16
-    constants = defines(
-        form,
-        shape,
-        x_half=half,
-        y_type=CODE[y],
-        bias_type=0 if bias is None else CODE[bias],
-        activation=ACTIVATION[epilogue],
-    )
-    text, shared = source(form, shape, half), shape.shared(form)
-    return nvrtc.function(text, "stream_linear", constants, shape.threads, shared, device, True)
+    text = source(form, shape, x == torch.float16)
+    sizes = {"threads": shape.threads, "shared": shape.shared(form)}
+    return compile_linear(text, "stream_linear", form, shape, x, y, bias, epilogue, device, **sizes)
 
 
 def run(
@@ -237,6 +259,14 @@ def grouped(p: Problem) -> str | None:
     if size not in GROUPS or p.scheme.weight.scale_dtype != torch.bfloat16:
         return f"takes groups of {', '.join(map(str, GROUPS))} with bfloat16 scales, not {size}"
     return None if p.k % size == 0 else f"k = {p.k} is not a multiple of group_size {size}"
+
+
+def stream_holds(p: Problem) -> str | None:
+    """The weight is of a form that the stream has."""
+    w = p.scheme.weight
+    if w.granularity == "channel":
+        return None if w.zero_point_domain == "none" else "takes no zero points per channel"
+    return grouped(p)
 
 
 HALF = activations_in(torch.bfloat16, torch.float16)

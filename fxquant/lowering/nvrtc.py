@@ -40,7 +40,7 @@ def refusal() -> str | None:
     return None
 
 
-def _checked(result: tuple, what: str) -> Any:
+def checked(result: tuple, what: str) -> Any:
     """The values of a call of cuda.bindings. Raises BuildFailed for an error code."""
     code, *values = result
     if int(code) != 0:
@@ -54,20 +54,20 @@ def compile_source(text: str, defines: Mapping[str, int], arch: str) -> bytes:
     source = text.encode()
     options = [f"--gpu-architecture={arch}", "-std=c++17", "-w"]
     options += [f"-D{key}={int(value)}" for key, value in defines.items()]
-    version = _checked(nvrtc.nvrtcVersion(), "version")
+    version = checked(nvrtc.nvrtcVersion(), "version")
     digest = hashlib.sha256(repr((version, options)).encode() + source).hexdigest()
     path = cache_dir() / f"{digest}.cubin"
     if path.is_file():
         return path.read_bytes()
-    program = _checked(nvrtc.nvrtcCreateProgram(source, b"fxquant.cu", 0, [], []), "create")
+    program = checked(nvrtc.nvrtcCreateProgram(source, b"fxquant.cu", 0, [], []), "create")
     encoded = [option.encode() for option in options]
     (code,) = nvrtc.nvrtcCompileProgram(program, len(encoded), encoded)
     if int(code) != 0:
-        log = b" " * _checked(nvrtc.nvrtcGetProgramLogSize(program), "log")
+        log = b" " * checked(nvrtc.nvrtcGetProgramLogSize(program), "log")
         nvrtc.nvrtcGetProgramLog(program, log)
         raise BuildFailed(compiler="NVRTC", output=f"{dict(defines)}: {log.decode()[:2000]}")
-    binary = b" " * _checked(nvrtc.nvrtcGetCUBINSize(program), "size")
-    _checked(nvrtc.nvrtcGetCUBIN(program, binary), "cubin")
+    binary = b" " * checked(nvrtc.nvrtcGetCUBINSize(program), "size")
+    checked(nvrtc.nvrtcGetCUBIN(program, binary), "cubin")
     nvrtc.nvrtcDestroyProgram(program)
     handle, partial = tempfile.mkstemp(dir=path.parent)
     with os.fdopen(handle, "wb") as file:
@@ -135,9 +135,9 @@ def function(
     major, minor = torch.cuda.get_device_capability(device)
     arch = f"sm_{major}{minor}" + ("a" if major >= 9 else "")
     binary = compile_source(text, dict(defines), arch)
-    library = _checked(driver.cuLibraryLoadData(binary, [], [], 0, [], [], 0), "load")
-    kernel = _checked(driver.cuLibraryGetKernel(library, entry.encode()), entry)
+    library = checked(driver.cuLibraryLoadData(binary, [], [], 0, [], [], 0), "load")
+    kernel = checked(driver.cuLibraryGetKernel(library, entry.encode()), entry)
     attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-    _checked(driver.cuKernelSetAttribute(attribute, shared, kernel, device), "shared memory")
+    checked(driver.cuKernelSetAttribute(attribute, shared, kernel, device), "shared memory")
     handle = driver.CUfunction(int(kernel))
     return Function(handle, threads, shared, overlap=overlap and major >= 9)

@@ -5,7 +5,8 @@ overrides it entry by entry::
 
     {"versions": {...},
      "kernels": {"int8dq 4096x14336": [["cuda_w8a8", 0], ["triton_w8a8", 65]]},
-     "shapes": {"int8dq 4096x14336": [[1, [1, 8, 2, 1, 128, 4]], [9, [...]]]}}
+     "shapes": {"int8dq 4096x14336": [[1, [1, 8, 2, 1, 128, 4]], [9, [...]]]},
+     "pipelines": {"int4wo-64 4096x14336": [[33, [4, 1, 64, 128, 4, 1, 1]]]}}
 
 Keys are ``<scheme> <n>x<k>``; each step is valid from its number of rows to the next one's.
 """
@@ -22,7 +23,7 @@ from typing import Any
 from ..scheme import SCHEMES
 
 SHIPPED = Path(__file__).parent / "tuned"
-SECTIONS = ("kernels", "shapes")
+SECTIONS = ("kernels", "shapes", "pipelines")
 
 
 def user_table(device: str) -> Path:
@@ -37,7 +38,7 @@ def _file(device: str) -> str:
 
 @lru_cache
 def tuned_table(device: str) -> dict[str, dict[str, list[Any]]]:
-    """Both tables as one; ``select.forget()`` has them read again."""
+    """Both files as one; ``select.forget()`` has them read again."""
     merged: dict[str, dict[str, list[Any]]] = {section: {} for section in SECTIONS}
     for path in (SHIPPED / _file(device), user_table(device)):
         if path.is_file():
@@ -60,9 +61,9 @@ def tuned_kernels(device: str, scheme: str, n: int, k: int) -> list[tuple[str, i
 
 @lru_cache(maxsize=4096)
 def tuned_shapes(
-    device: str, scheme: str, family: str, n: int, k: int, rows: int
+    device: str, section: str, scheme: str, family: str, n: int, k: int, rows: int
 ) -> tuple[tuple[int, ...], ...]:
-    """How ``cuda_stream`` may cut its blocks for this many rows, the likeliest first: what was measured
+    """How a kernel family may cut its blocks for this many rows, the likeliest first: what was measured
     for the layer itself, then for layers of the same scheme or family, by distance in n and k."""
 
     def distance(entry: str) -> tuple[bool, float]:
@@ -70,7 +71,7 @@ def tuned_shapes(
         there = [int(s) for s in size.split("x")]
         return name != scheme, sum(abs(math.log(a / b)) for a, b in zip(there, (n, k), strict=True))
 
-    table = tuned_table(device)["shapes"]
+    table = tuned_table(device)[section]
     alike = [
         e for e in table if (known := SCHEMES.get(e.partition(" ")[0])) and known.family == family
     ]

@@ -10,7 +10,7 @@ import torch
 
 import fxquant
 from fxquant import tuner
-from fxquant.lowering import cuda_layout, cuda_prefill, cuda_stream, nvrtc
+from fxquant.lowering import cuda_layout, cuda_pipeline, cuda_prefill, cuda_stream, nvrtc
 from fxquant.lowering.cuda_stream import Shape
 from fxquant.lowering.kernel import KERNELS, Device, Problem
 from fxquant.lowering.select import forget, select
@@ -39,6 +39,8 @@ STREAM = {
     "cuda_w8a16": ["int8wo", "fp8wo"],
     "cuda_w4a8": ["8da4w-32", "8da4w-64", "8da4w-128", "8da4w-256"],
     "cuda_w8a8": ["int8dq", "fp8dq"],
+    "cuda_pipeline": ["int4wo-32", "int4wo-64-sym", "int4wo-256", "int2wo-64", "int8wo", "fp8wo"],
+    "cuda_pipeline_w4a8": ["8da4w-32", "8da4w-128", "8da4w-256"],
     "cuda_dequantize": ["int4wo-32", "int4wo-256-sym", "int2wo-64", "int8wo", "fp8wo"],
     "cuda_dequantize_w4a8": ["8da4w-32", "8da4w-128"],
 }
@@ -125,6 +127,13 @@ def test_every_form_compiles_for_hopper(scheme):
         text = cuda_stream.source(form, shape, False)
         assert nvrtc.compile_source(text, dict(constants), "sm_90a")[:4] == b"\x7fELF"
     if not form.row_major:
+        cut = cuda_pipeline.cut_for(get_scheme(scheme), 4096, 4096, 64, "none")
+        shape = cut.shape
+        constants = cuda_stream.defines(
+            form, shape, cluster=1, x_half=0, y_type=1, bias_type=0, activation=4
+        )
+        text = cuda_pipeline.source(form, cut, False)
+        assert nvrtc.compile_source(text, dict(constants), "sm_90a")[:4] == b"\x7fELF"
         text = cuda_stream.text_of(*cuda_prefill.SOURCES)
         assert nvrtc.compile_source(text, dict(constants), "sm_90a")[:4] == b"\x7fELF"
 
@@ -164,8 +173,11 @@ def test_cuts_fit_and_cover_all_rows():
         ["int4wo-64", "int8dq", "fp8dq", "8da4w-128"], (896, 4096), tuner.ROWS
     ):
         form = cuda_layout.format_of(get_scheme(scheme))
-        found = tuner.cuts(get_scheme(scheme), 4096, k, rows)
+        found = tuner.stream_cuts(get_scheme(scheme), 4096, k, rows)
         assert found and all(s.fits(form, k) for s in found)
+        found = tuner.pipeline_cuts(get_scheme(scheme), 4096, k, rows)
+        assert bool(found) == (rows > 16 and not form.row_major)
+        assert all(s.fits(form, k) for s in found)
 
 
 def test_wgmma_takes_only_what_the_instruction_has():
@@ -204,9 +216,11 @@ def test_the_fastest_readings_become_the_table(tmp_path, monkeypatch):
     tuner.save(table, tmp_path / "fxquant" / "some_Hopper.json")
     try:
         assert tuned_kernels(HOPPER.name, "int4wo-64", 512, 256)[1] == ("cuda_dequantize", 65)
-        assert tuned_shapes(HOPPER.name, "int4wo-64", "w4a16", 512, 256, 40)[0] == many
-        assert tuned_shapes(HOPPER.name, "int4wo-128", "w4a16", 640, 256, 1)[0] == few, "the likest"
-        assert tuned_shapes(HOPPER.name, "int8wo", "w8a16", 512, 256, 1) == ()
+        assert tuned_shapes(HOPPER.name, "shapes", "int4wo-64", "w4a16", 512, 256, 40)[0] == many
+        assert tuned_shapes(HOPPER.name, "shapes", "int4wo-128", "w4a16", 640, 256, 1)[0] == few, (
+            "the likest"
+        )
+        assert tuned_shapes(HOPPER.name, "shapes", "int8wo", "w8a16", 512, 256, 1) == ()
         choice = select(problem("int4wo-64", 512, 256))
         assert choice.plan == "cuda_w4a16<65;cuda_dequantize"
     finally:
@@ -221,7 +235,8 @@ def test_exact_and_within_bounds(kernel, scheme):
     """Small integers bit for bit, and random numbers within their allowance, at all numbers of rows."""
     group = get_scheme(scheme).weight.group_size or 32
     narrow = [] if kernel.startswith("cuda_dequantize") else [(37, 1024), (1, 256)]
-    wide = [(144, 4 * group), (200, 3 * max(group, 64)), (272, 1280)]
+    row = 128 if kernel == "cuda_pipeline_w4a8" else 64
+    wide = [(144, 4 * group), (200, 3 * max(group, row)), (272, 1280)]
     sizes = itertools.cycle(narrow + wide)
     dtypes = itertools.cycle(
         [torch.bfloat16, torch.float16] + [torch.float32] * (kernel in ("cuda_w8a8", "cuda_w4a8"))
@@ -242,24 +257,25 @@ def test_exact_and_within_bounds(kernel, scheme):
 @torch.no_grad()
 def test_every_cut_is_exact_and_repeats_itself(scheme):
     row = get_scheme(scheme)
-    kernel = next(KERNELS[name] for name, served in STREAM.items() if scheme in served)
+    names = [name for name in tuner.CUTTERS if row.family in KERNELS[name].families]
     n, k = 208, 1024
-    for rows in (1, 13, 40, 200):
+    for rows, name in itertools.product((1, 13, 40, 200), names):
+        cutter = tuner.CUTTERS[name]
         sample = oracles.exact_sample(row, rows, n, k, torch.bfloat16)
         expected = oracles.reference(sample, device="cuda").float().bfloat16()
         on = sample.to("cuda")
-        packed = kernel.layout.pack(row, on.weight)
+        packed = KERNELS[name].layout.pack(row, on.weight)
         x, scale, zero = (on.x, None, None) if row.input is None else row.input.quantize(on.x)
         scale, zero = (
             None if t is None else t.float().reshape(-1).contiguous() for t in (scale, zero)
         )
-        cuts = tuner.cuts(row, n, k, rows)
-        tuner.build(row, cuts, x.dtype, x.device)
-        for shape in cuts:
-            arguments = (row, shape, x, scale, zero, packed, None, n, "", torch.bfloat16)
-            y = cuda_stream.run(*arguments)
-            oracles.assert_equal(y.cpu(), expected, f"{scheme}, {rows} rows, {shape}")
-            assert torch.equal(y, cuda_stream.run(*arguments)), "bit-identical from run to run"
+        cuts = cutter.cuts(row, n, k, rows)
+        tuner.build(cutter, row, cuts, x.dtype, x.device)
+        for cut in cuts:
+            arguments = (row, cut, x, scale, zero, packed, None, n, "", torch.bfloat16)
+            y = cutter.run(*arguments)
+            oracles.assert_equal(y.cpu(), expected, f"{scheme}, {rows} rows, {cut}")
+            assert torch.equal(y, cutter.run(*arguments)), "bit-identical from run to run"
 
 
 @needs_hopper

@@ -31,9 +31,17 @@ __device__ __forceinline__ constexpr u64 slice(int index) {
 
 __device__ __forceinline__ void begin_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 
+__device__ __forceinline__ void commit_products() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+
+template <int PENDING>
+__device__ __forceinline__ void wait_for_products() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
+}
+
 template <int PENDING>
 __device__ __forceinline__ void end_products() {
-  asm volatile("wgmma.commit_group.sync.aligned;\nwgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
+  commit_products();
+  wait_for_products<PENDING>();
 }
 
 #endif
@@ -164,8 +172,60 @@ __device__ __forceinline__ void multiply(u32 weights, u32 x, int lane, u32 base,
 // starts there, and leaves as a float by one subtraction.
 constexpr int MAGIC = 0x4b400000;
 
+constexpr int DEPTH = UNIT / 32;
+
+// The scales of a lane's two rows; codes are 16 times their value.
+__device__ __forceinline__ void load_scales(u32 unit, int lane, float (&scale)[2]) {
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    u16 s;
+    const u32 row = (lane >> 2) + 8 * half;
+    asm volatile("ld.shared.b16 %0, [%1];" : "=h"(s) : "r"(unit + UNIT_BYTES - QPARAM_BYTES + 2 * row));
+    scale[half] = widen(s, 1) * 0.0625f;
+  }
+}
+
+#if WARPGROUP
+
+// Where registers allow it, the sums of one chunk are scaled while the next one's are in the making.
+constexpr int PARTS = TOKENS <= 64 ? 2 : 1;
+
 __device__ __forceinline__ void multiply(u32 weights, u32 x, int lane, u32 base, Sums& sums) {
-  constexpr int DEPTH = UNIT / 32;
+  constexpr int ITEMS = STEP / UNIT * ROW_TILES;
+  int part[PARTS][TOKEN_TILES][4];
+  u32 a[PARTS][DEPTH][4];
+  float scale[PARTS][2];
+#pragma unroll
+  for (int i = 0; i < ITEMS + PARTS - 1; ++i) {
+    if (i < ITEMS) {
+      const int chunk = i / ROW_TILES, at = i % PARTS;
+      const u32 unit = weights + i % ROW_TILES * STEP_BYTES + chunk * UNIT_BYTES;
+#pragma unroll
+      for (int block = 0; block < DEPTH; ++block) load_weights(unit + block * BLOCK_BYTES, lane, a[at][block]);
+      load_scales(unit, lane, scale[at]);
+      begin_products();
+#pragma unroll
+      for (int block = 0; block < DEPTH; ++block)
+        product64(part[at], a[at][block], descriptor(x) + slice(chunk * DEPTH + block), block != 0);
+      commit_products();
+    }
+    const int done = i - (PARTS - 1);
+    if (done < 0) continue;
+    if (i < ITEMS)
+      wait_for_products<PARTS - 1>();
+    else
+      wait_for_products<0>();
+#pragma unroll
+    for (int j = 0; j < TOKEN_TILES; ++j)
+#pragma unroll
+      for (int c = 0; c < 4; ++c)
+        sums[done % ROW_TILES][j][c] += scale[done % PARTS][c / 2] * static_cast<float>(part[done % PARTS][j][c]);
+  }
+}
+
+#else
+
+__device__ __forceinline__ void multiply(u32 weights, u32 x, int lane, u32 base, Sums& sums) {
 #pragma unroll
   for (int chunk = 0; chunk < STEP / UNIT; ++chunk) {
     u32 a[ROW_TILES][DEPTH][4];
@@ -175,30 +235,8 @@ __device__ __forceinline__ void multiply(u32 weights, u32 x, int lane, u32 base,
       const u32 at = weights + r * STEP_BYTES + chunk * UNIT_BYTES;
 #pragma unroll
       for (int block = 0; block < DEPTH; ++block) load_weights(at + block * BLOCK_BYTES, lane, a[r][block]);
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        u16 s;
-        const u32 row = (lane >> 2) + 8 * half;
-        asm volatile("ld.shared.b16 %0, [%1];" : "=h"(s) : "r"(at + UNIT_BYTES - QPARAM_BYTES + 2 * row));
-        scale[r][half] = widen(s, 1) * 0.0625f;
-      }
+      load_scales(at, lane, scale[r]);
     }
-#if WARPGROUP
-    int part[ROW_TILES][TOKEN_TILES][4];
-    begin_products();
-#pragma unroll
-    for (int r = 0; r < ROW_TILES; ++r)
-#pragma unroll
-      for (int block = 0; block < DEPTH; ++block)
-        product64(part[r], a[r][block], descriptor(x) + slice(chunk * DEPTH + block), block != 0);
-    end_products<0>();
-#pragma unroll
-    for (int r = 0; r < ROW_TILES; ++r)
-#pragma unroll
-      for (int j = 0; j < TOKEN_TILES; ++j)
-#pragma unroll
-        for (int i = 0; i < 4; ++i) sums[r][j][i] += scale[r][i / 2] * static_cast<float>(part[r][j][i]);
-#else
 #pragma unroll
     for (int j = 0; j < TOKEN_TILES; ++j) {
       Words<2> b[DEPTH];
@@ -215,9 +253,9 @@ __device__ __forceinline__ void multiply(u32 weights, u32 x, int lane, u32 base,
           sums[r][j][i] += scale[r][i / 2] * (__int_as_float(part[i]) - __int_as_float(MAGIC));
       }
     }
-#endif
   }
 }
 
+#endif
 #endif
 #endif  // X_BITS

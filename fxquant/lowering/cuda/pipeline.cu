@@ -1,0 +1,281 @@
+// y[m, n] as stream_linear's, for many tokens: one group of warps fetches, others multiply.
+//
+// A cluster of CLUSTER blocks walks over tiles of ROWS * CLUSTER output channels by TOKENS tokens.
+// The fetching warp fills a ring of stages: the copy engine brings the packed weight of the block's
+// own channels, and the activations, of which each block of a cluster reads a part for all of them.
+// Warpgroups unpack their channels in registers, as the left operand of wgmma. What one of them
+// waits for, another one uses: unpacking and products overlap, and so does the end of a tile with the
+// fetches for the next.
+
+struct Arguments {
+  __align__(64) char x[128];  // tensor map of [m, k]: 128 bytes of k by TOKENS / CLUSTER, swizzled
+  const float* x_scale;
+  const float* x_zero;
+  const char* weight;
+  const float* w_scale;
+  const float* w_sum;
+  const void* bias;
+  u16* y;
+  int m, n, k;
+};
+
+// A fourth of the registers belongs to each scheduler of a multiprocessor, which has a warp of every
+// group. The fetching group needs few: the others get its share.
+constexpr int GROUPS = WARPS_N / 4 + 1;
+constexpr int REGISTERS = 512 / (GROUPS * BLOCKS) / 8 * 8 < 248 ? 512 / (GROUPS * BLOCKS) / 8 * 8 : 248;
+constexpr int FETCH_REGISTERS = 40;
+constexpr int SHARE = (REGISTERS * GROUPS - FETCH_REGISTERS) / (GROUPS - 1) / 8 * 8;
+constexpr int MULTIPLY_REGISTERS = SHARE < 240 ? SHARE : 240;
+constexpr int TILES = WARPS_N * ROW_TILES;
+constexpr int BAND = 16;  // token tiles that are walked before the next channels: their x stays in L2
+constexpr int BOX = TOKENS / CLUSTER * 128;
+
+constexpr int PART = TOKENS % 32 == 0 ? 32 : 16;  // tokens that are written at once
+constexpr int GROUP_ROWS = 64 * ROW_TILES;        // channels of a warpgroup
+constexpr int PART_PITCH = 2 * GROUP_ROWS + 16;
+constexpr int PART_BYTES = PART * PART_PITCH;
+constexpr int PARTS_AT = STAGES * STAGE_BYTES;
+constexpr int BARRIERS_AT = PARTS_AT + WARPS_N / 4 * PART_BYTES;
+
+__device__ __forceinline__ void barrier_init(u32 at, int count) {
+  asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(at), "r"(count) : "memory");
+}
+
+__device__ __forceinline__ void barrier_expect(u32 at, u32 bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(at), "r"(bytes) : "memory");
+}
+
+__device__ __forceinline__ void barrier_wait(u32 at, u32 parity) {
+  asm volatile(
+      "{ .reg .pred done;\n"
+      "again: mbarrier.try_wait.parity.shared.b64 done, [%0], %1;\n"
+      "@!done bra again; }" ::"r"(at),
+      "r"(parity)
+      : "memory");
+}
+
+__device__ __forceinline__ void barrier_arrive(u32 at, int block) {
+  if (CLUSTER == 1)
+    asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(at) : "memory");
+  else
+    asm volatile(
+        "{ .reg .b32 there; mapa.shared::cluster.u32 there, %0, %1;\n"
+        "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there]; }" ::"r"(at),
+        "r"(block)
+        : "memory");
+}
+
+__device__ __forceinline__ void fetch_bulk(u32 to, const char* from, u32 bytes, u32 barrier, u64 policy) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(to),
+      "l"(from), "r"(bytes), "r"(barrier), "l"(policy)
+      : "memory");
+}
+
+__device__ __forceinline__ void fetch_box(u32 to, const char* map, int column, int row, u32 barrier, u64 policy) {
+  if (CLUSTER == 1)
+    asm volatile(
+        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint"
+        " [%0], [%1, {%2, %3}], [%4], %5;" ::"r"(to),
+        "l"(map), "r"(column), "r"(row), "r"(barrier), "l"(policy)
+        : "memory");
+  else
+    asm volatile(
+        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster.L2::cache_hint"
+        " [%0], [%1, {%2, %3}], [%4], %5, %6;" ::"r"(to),
+        "l"(map), "r"(column), "r"(row), "r"(barrier), "h"(static_cast<u16>((1 << CLUSTER) - 1)), "l"(policy)
+        : "memory");
+}
+
+__device__ __forceinline__ void group_sync(int group) {
+  asm volatile("bar.sync %0, 128;" ::"r"(group + 1) : "memory");
+}
+
+__device__ __forceinline__ void cluster_sync() {
+  if (CLUSTER == 1)
+    __syncthreads();
+  else
+    asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+
+// A position in the ring of stages, and in which of its two phases the ring is
+struct Place {
+  int stage = 0;
+  u32 phase = 0;
+  __device__ __forceinline__ void next() {
+    if (++stage == STAGES) stage = 0, phase ^= 1;
+  }
+};
+
+// The tiles of a cluster, in the order in which it takes them
+struct Walk {
+  int tiles_n, tiles_m, tile;
+  __device__ __forceinline__ Walk(const Arguments& p)
+      : tiles_n((p.n + ROWS * CLUSTER - 1) / (ROWS * CLUSTER)), tiles_m((p.m + TOKENS - 1) / TOKENS),
+        tile(blockIdx.x / CLUSTER) {}
+  __device__ __forceinline__ bool more() const { return tile < tiles_n * tiles_m; }
+  __device__ __forceinline__ void next() { tile += gridDim.x / CLUSTER; }
+  __device__ __forceinline__ int2 at() const {  // (channels, tokens), in tiles
+    const int band = tile / (BAND * tiles_n), inside = tile - band * BAND * tiles_n;
+    const int width = min(BAND, tiles_m - band * BAND);
+    return make_int2(inside / width, band * BAND + inside % width);
+  }
+};
+
+__device__ __forceinline__ void fetch(const Arguments& p, u32 ring, u32 full, u32 empty, int rank, int lane) {
+  const int steps = p.k / STEP, last = (p.n + 15) / 16 - 1;
+  const u64 row_bytes = static_cast<u64>(p.k / UNIT) * UNIT_BYTES;
+  const u64 again = keep_policy(true), weights_policy = keep_policy(p.m > TOKENS);
+  bool waited = false;
+  Place place;
+  for (Walk walk(p); walk.more(); walk.next()) {
+    const int2 at = walk.at();
+    const int tile = min((at.x * CLUSTER + rank) * TILES + lane, last);
+    const char* weight = p.weight + tile * row_bytes;
+    for (int i = 0; i < steps; ++i) {
+      const u32 stage = ring + place.stage * STAGE_BYTES, barrier = full + 8 * place.stage;
+      barrier_wait(empty + 8 * place.stage, place.phase ^ 1);
+      if (lane == 0) barrier_expect(barrier, X_BYTES + TILES * STEP_BYTES);
+      __syncwarp();
+      if (lane < TILES) fetch_bulk(stage + X_BYTES + lane * STEP_BYTES, weight, STEP_BYTES, barrier, weights_policy);
+      weight += STEP_BYTES;
+      if (!waited) wait_for_previous_kernel(), waited = true;  // the weight is nobody's output, x is
+      if (lane < X_ROW / 128)
+        fetch_box(stage + lane * (TOKENS * 128) + rank * BOX, p.x, (i * (X_ROW / 128) + lane) * 128,
+                  at.y * TOKENS + rank * (TOKENS / CLUSTER), barrier, again);
+      place.next();
+    }
+  }
+}
+
+__device__ __forceinline__ float activate(float y) {
+  if (ACTIVATION == 1) return y < 0 ? 0.0f : y;
+  if (ACTIVATION == 2) return 0.5f * y * (1.0f + erff(y * 0.7071067811865476f));
+  if (ACTIVATION == 3) return y / (1.0f + expf(-1.5957691216057308f * (y + 0.044715f * y * y * y)));
+  if (ACTIVATION == 4) return y / (1.0f + expf(-y));
+  return y;
+}
+
+// The sums of a warpgroup to y, by way of shared memory, where tokens become rows
+__device__ __forceinline__ void write(const Arguments& p, u32 part, int2 at, int rank, int warp, int lane, const Sums& sums) {
+  const int group = warp / 4, in_group = warp % 4 * 32 + lane;
+  const int first_token = at.y * TOKENS;
+  const int group_n = ((at.x * CLUSTER + rank) * TILES + group * 4 * ROW_TILES) * 16;
+  float scale[ROW_TILES][2], shift[ROW_TILES][2], w_sum[ROW_TILES][2];
+#pragma unroll
+  for (int r = 0; r < ROW_TILES; ++r)
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int n = min(group_n + (warp % 4 * ROW_TILES + r) * 16 + lane / 4 + 8 * half, p.n - 1);
+      scale[r][half] = !GROUPED || X_BITS == 16 ? p.w_scale[n] * SUM_FACTOR : 1.0f;
+      w_sum[r][half] = X_ZERO ? p.w_sum[n] : 0.0f;
+      shift[r][half] = 0.0f;
+      if (BIAS_TYPE == 3) shift[r][half] = static_cast<const float*>(p.bias)[n];
+      if (BIAS_TYPE == 1 || BIAS_TYPE == 2) shift[r][half] = widen(static_cast<const u16*>(p.bias)[n], BIAS_TYPE);
+    }
+#pragma unroll
+  for (int first = 0; first < TOKENS; first += PART) {
+    if (first_token + first >= p.m) break;
+    group_sync(group);
+#pragma unroll
+    for (int j = first / 8; j < (first + PART) / 8; j += 2) {
+      float x_scale[2][2], x_zero[2][2];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int token = min(first_token + 8 * (j + i / 2) + 2 * (lane % 4) + i % 2, p.m - 1);
+        x_scale[i / 2][i % 2] = X_BITS == 8 ? p.x_scale[token] : 1.0f;
+        x_zero[i / 2][i % 2] = X_ZERO ? p.x_zero[token] : 0.0f;
+      }
+#pragma unroll
+      for (int r = 0; r < ROW_TILES; ++r) {
+        u32 pair[4];  // 8 x 8: channels on and on, of 8 tokens, then of the next 8
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const int half = i % 2;
+          float y[2];
+#pragma unroll
+          for (int t = 0; t < 2; ++t) {
+            y[t] = sums[r][j + i / 2][2 * half + t];
+            if (X_ZERO) y[t] -= x_zero[i / 2][t] * w_sum[r][half];
+            if (X_BITS == 8) y[t] *= x_scale[i / 2][t];
+            y[t] = activate(y[t] * scale[r][half] + shift[r][half]);
+          }
+          pair[i] = narrow(y[0], Y_TYPE) | static_cast<u32>(narrow(y[1], Y_TYPE)) << 16;
+        }
+        const int token = 8 * (j + lane / 16) - first + lane % 8;
+        const u32 to = part + token * PART_PITCH + 2 * ((warp % 4 * ROW_TILES + r) * 16 + lane / 8 % 2 * 8);
+        asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(pair[0]),
+                     "r"(pair[1]), "r"(pair[2]), "r"(pair[3])
+                     : "memory");
+      }
+    }
+    group_sync(group);
+    constexpr int PER_TOKEN = GROUP_ROWS / 8;
+#pragma unroll
+    for (int i = 0; i < PART * PER_TOKEN / 128; ++i) {
+      const int token = (i * 128 + in_group) / PER_TOKEN, piece = (i * 128 + in_group) % PER_TOKEN;
+      const int m = first_token + first + token, n = group_n + piece * 8;
+      const Words<4> v = load_shared<4>(part + token * PART_PITCH + piece * 16);
+      if (m >= p.m || n >= p.n) continue;
+      u16* to = p.y + static_cast<u64>(m) * p.n + n;
+      if (p.n % 8 == 0) {
+        *reinterpret_cast<uint4*>(to) = make_uint4(v.w[0], v.w[1], v.w[2], v.w[3]);
+      } else {
+#pragma unroll
+        for (int c = 0; c < 8; ++c)
+          if (n + c < p.n) to[c] = static_cast<u16>(v.w[c / 2] >> (c % 2 * 16));
+      }
+    }
+  }
+}
+
+__device__ __forceinline__ void consume(const Arguments& p, u32 memory, u32 full, u32 empty, int rank, int warp, int lane) {
+  const int steps = p.k / STEP;
+  Place place;
+  wait_for_previous_kernel();
+  // wgmma still reads a stage after ``multiply``: it is free once the next one's first products are.
+  auto release = [&](int stage) {
+    if (lane < CLUSTER) barrier_arrive(empty + 8 * stage, lane);
+  };
+  for (Walk walk(p); walk.more(); walk.next()) {
+    Sums sums = {};
+    int before = -1;
+    for (int i = 0; i < steps; ++i) {
+      barrier_wait(full + 8 * place.stage, place.phase);
+      const u32 stage = memory + place.stage * STAGE_BYTES;
+      multiply(stage + X_BYTES + warp * W_BYTES, stage, lane, 0, sums);
+      if (before >= 0) release(before);
+      before = place.stage;
+      place.next();
+    }
+    end_products<0>();
+    release(before);
+    write(p, memory + PARTS_AT + warp / 4 * PART_BYTES, walk.at(), rank, warp, lane, sums);
+  }
+}
+
+extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(128 * GROUPS, BLOCKS)
+    pipeline_linear(const __grid_constant__ Arguments p) {
+  extern __shared__ __align__(1024) char dynamic[];
+  const u32 memory = shared_address(dynamic), full = memory + BARRIERS_AT, empty = full + 8 * STAGES;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  int rank = 0;
+  if (CLUSTER > 1) asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < STAGES; ++i) {
+      barrier_init(full + 8 * i, 1);
+      barrier_init(empty + 8 * i, WARPS_N * CLUSTER);
+    }
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+  }
+  cluster_sync();
+  if (warp >= WARPS_N) {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(FETCH_REGISTERS));
+    if (warp == WARPS_N) fetch(p, memory, full, empty, rank, lane);
+  } else {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(MULTIPLY_REGISTERS));
+    consume(p, memory, full, empty, rank, warp, lane);
+  }
+  __syncwarp();
+  cluster_sync();  // others may still write to this block's memory and arrive at its barriers
+}
