@@ -98,15 +98,15 @@ _GROUPS = ((1, 2), (2, 1), (2, 2), (3, 1), (4, 1), (4, 2))
 
 def pipeline_cuts(scheme: Scheme, n: int, k: int, rows: int) -> list[Cut]:
     """The ways to cut ``cuda_pipeline``'s blocks that are worth a measurement."""
-    if rows <= 16:
+    if rows <= 8:
         return []
     form = cuda_layout.format_of(scheme)
-    tokens = [64, -(-rows // 16) * 16] if rows <= 128 else [64, 128, 256]
+    tokens = {min(64, -(-rows // 16) * 16), -(-rows // 16) * 16} if rows <= 128 else {64, 128, 256}
     found = []
-    for count, (groups, tiles), step, cluster, blocks in itertools.product(
-        sorted(set(tokens)), _GROUPS, (64, 128, 256), (1, 2), (1, 2)
+    for count, (groups, tiles), step, blocks in itertools.product(
+        sorted(tokens), _GROUPS, (64, 128, 256), (1, 2)
     ):
-        deepest = [Cut(groups, tiles, count, step, s, cluster, blocks) for s in (6, 5, 4, 3)]
+        deepest = [Cut(groups, tiles, count, step, stages, blocks) for stages in (6, 5, 4, 3)]
         found += [cut for cut in deepest if cut.fits(form, k)][:1]
     return found
 

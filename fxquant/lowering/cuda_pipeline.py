@@ -42,14 +42,13 @@ SPARE = 40
 
 class Cut(NamedTuple):
     """How a block of threads is cut. warpgroups: that multiply, each ``64 * row_tiles`` channels; step:
-    values of k in a stage; cluster: blocks that share their activations; blocks: on a multiprocessor."""
+    values of k in a stage; blocks: on a multiprocessor."""
 
     warpgroups: int
     row_tiles: int
     tokens: int
     step: int
     stages: int
-    cluster: int = 1
     blocks: int = 1
 
     @property
@@ -73,8 +72,8 @@ class Cut(NamedTuple):
 
     @property
     def rows(self) -> int:
-        """Channels of a cluster's tile."""
-        return 64 * self.row_tiles * self.warpgroups * self.cluster
+        """Channels of a tile."""
+        return 64 * self.row_tiles * self.warpgroups
 
     def shared(self, form: Format) -> int:
         """Bytes of shared memory: the ring, what is being written, and the barriers."""
@@ -90,13 +89,13 @@ class Cut(NamedTuple):
     def fits(self, form: Format, k: int) -> bool:
         """Whether the kernel can be cut like this."""
         fits = k % self.step == 0 and self.step % form.unit == 0 and not form.row_major
-        fits = fits and self.shape.fits_wgmma(form) and self.tokens % (16 * self.cluster) == 0
+        fits = fits and self.shape.fits_wgmma(form) and self.tokens % 16 == 0
         fits = fits and self.row_tiles * self.warpgroups <= 8 and self.tokens <= 256
         fits = fits and self.sums(form) + SPARE <= self.registers
         return fits and self.shared(form) * self.blocks <= SHARED_LIMIT
 
 
-PLAIN = (Cut(4, 1, 64, 128, 4), Cut(2, 2, 128, 128, 4), Cut(2, 1, 64, 128, 3), Cut(2, 1, 64, 64, 4))
+PLAIN = (Cut(2, 2, 64, 128, 4), Cut(2, 1, 256, 64, 5), Cut(2, 2, 128, 128, 3), Cut(2, 1, 64, 64, 4))
 """One of them fits whatever k the needs let through."""
 
 
@@ -128,7 +127,7 @@ def compiled(
     text = source(form, cut, x == torch.float16)
     return compile_linear(
         text, "pipeline_linear", form, cut.shape, x, y, bias, epilogue, device,
-        threads=cut.threads, shared=cut.shared(form), cluster=cut.cluster,
+        threads=cut.threads, shared=cut.shared(form),
     )  # fmt: skip
 
 
@@ -177,15 +176,15 @@ def run(
     types = (x.dtype, dtype, None if bias is None else bias.dtype)
     call = compiled(form, cut, *types, epilogue, device)
     y = x.new_empty(m, n, dtype=dtype)
-    box = tensor_map(x.data_ptr(), m, k * x.element_size(), cut.tokens // cut.cluster)
+    box = tensor_map(x.data_ptr(), m, k * x.element_size(), cut.tokens)
     pointers = (x_scale, x_zero, packed[0], w_scale, w_sum, bias, y)
     addresses = (0 if t is None else t.data_ptr() for t in pointers)
     arguments = box + struct.pack("<7Q3i", *addresses, m, n, k)
     arguments += bytes(-len(arguments) % 64)  # the map aligns the whole
     tiles = -(-n // cut.rows) * -(-m // cut.tokens)
-    clusters = device_row(x.device).units * cut.blocks // cut.cluster
+    blocks = device_row(x.device).units * cut.blocks
     with torch.cuda.device(device):
-        call.launch((min(tiles, clusters) * cut.cluster, 1, 1), arguments)
+        call.launch((min(tiles, blocks), 1, 1), arguments)
     return y
 
 

@@ -154,13 +154,11 @@ def compile_linear(
     *,
     threads: int,
     shared: int,
-    cluster: int = 1,
 ) -> nvrtc.Function:
     """The kernel ``entry`` of ``text`` for one form, one cut and these types."""
     constants = defines(
         form,
         shape,
-        cluster=cluster,
         x_half=x == torch.float16,
         y_type=CODE[y],
         bias_type=0 if bias is None else CODE[bias],

@@ -129,9 +129,7 @@ def test_every_form_compiles_for_hopper(scheme):
     if not form.row_major:
         cut = cuda_pipeline.cut_for(get_scheme(scheme), 4096, 4096, 64, "none")
         shape = cut.shape
-        constants = cuda_stream.defines(
-            form, shape, cluster=1, x_half=0, y_type=1, bias_type=0, activation=4
-        )
+        constants = cuda_stream.defines(form, shape, x_half=0, y_type=1, bias_type=0, activation=4)
         text = cuda_pipeline.source(form, cut, False)
         assert nvrtc.compile_source(text, dict(constants), "sm_90a")[:4] == b"\x7fELF"
         text = cuda_stream.text_of(*cuda_prefill.SOURCES)
@@ -176,7 +174,7 @@ def test_cuts_fit_and_cover_all_rows():
         found = tuner.stream_cuts(get_scheme(scheme), 4096, k, rows)
         assert found and all(s.fits(form, k) for s in found)
         found = tuner.pipeline_cuts(get_scheme(scheme), 4096, k, rows)
-        assert bool(found) == (rows > 16 and not form.row_major)
+        assert bool(found) == (rows > 8 and not form.row_major)
         assert all(s.fits(form, k) for s in found)
 
 

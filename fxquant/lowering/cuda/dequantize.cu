@@ -28,7 +28,10 @@ __device__ __forceinline__ float weight_at(const Words<BITS / 2>& w, int half, i
 #endif
 }
 
+constexpr int PITCH = 32 + 8;  // so that the rows of a block meet different banks
+
 extern "C" __global__ void __launch_bounds__(256) stream_dequantize(const Unpacked p) {
+  __shared__ __align__(16) u16 staged[8][16][PITCH];
   const int lane = threadIdx.x % 32, units = p.k / UNIT;
   const int job = blockIdx.x * 8 + threadIdx.x / 32;
   if (job >= p.tiles * units) return;
@@ -49,17 +52,24 @@ extern "C" __global__ void __launch_bounds__(256) stream_dequantize(const Unpack
     const u32* words = reinterpret_cast<const u32*>(from + block * BLOCK_BYTES) + lane * (BITS / 2);
 #pragma unroll
     for (int i = 0; i < BITS / 2; ++i) w.w[i] = __ldg(words + i);
+    u16(*rows)[PITCH] = staged[threadIdx.x / 32];
+    __syncwarp();
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int row = tile * 16 + lane / 4 + 8 * half;
-      u16* to = p.out + static_cast<u64>(row) * p.k + unit * UNIT + block * 32;
+    for (int half = 0; half < 2; ++half)
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const u32 low = narrow(weight_at(w, half, 2 * i) * scale[half] + zero[half], Y_TYPE);
         const u32 high = narrow(weight_at(w, half, 2 * i + 1) * scale[half] + zero[half], Y_TYPE);
         const int first = X_BITS == 16 ? i * 8 + lane % 4 * 2 : i / 2 * 16 + lane % 4 * 4 + i % 2 * 2;
-        if (p.first_tile * 16 + row < p.n) *reinterpret_cast<u32*>(to + first) = low | high << 16;
+        *reinterpret_cast<u32*>(&rows[lane / 4 + 8 * half][first]) = low | high << 16;
       }
+    __syncwarp();
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {  // 64 bytes of each row, 16 by a lane
+      const int row = lane / 4 + 8 * half, at = tile * 16 + row;
+      u16* to = p.out + static_cast<u64>(at) * p.k + unit * UNIT + block * 32 + lane % 4 * 8;
+      if (p.first_tile * 16 + at < p.n)
+        *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(&rows[row][lane % 4 * 8]);
     }
   }
 }

@@ -1,14 +1,14 @@
 // y[m, n] as stream_linear's, for many tokens: one group of warps fetches, others multiply.
 //
-// A cluster of CLUSTER blocks walks over tiles of ROWS * CLUSTER output channels by TOKENS tokens.
-// The fetching warp fills a ring of stages: the copy engine brings the packed weight of the block's
-// own channels, and the activations, of which each block of a cluster reads a part for all of them.
-// Warpgroups unpack their channels in registers, as the left operand of wgmma. What one of them
-// waits for, another one uses: unpacking and products overlap, and so does the end of a tile with the
-// fetches for the next.
+// A block walks over tiles of ROWS output channels by TOKENS tokens. Its fetching warp has the copy
+// engine fill a ring of stages with packed weights and activations. Warpgroups unpack their channels
+// in registers, as the left operand of wgmma. What one of them waits for, another one uses: unpacking
+// and products overlap, and so does the end of a tile with the fetches for the next.
+// (Clusters that share their activations by multicast were slower everywhere on an H200, by 10 to
+// 40 %: blocks then wait for each other.)
 
 struct Arguments {
-  __align__(64) char x[128];  // tensor map of [m, k]: 128 bytes of k by TOKENS / CLUSTER, swizzled
+  __align__(64) char x[128];  // tensor map of [m, k]: 128 bytes of k by TOKENS, swizzled
   const float* x_scale;
   const float* x_zero;
   const char* weight;
@@ -28,7 +28,6 @@ constexpr int SHARE = (REGISTERS * GROUPS - FETCH_REGISTERS) / (GROUPS - 1) / 8 
 constexpr int MULTIPLY_REGISTERS = SHARE < 240 ? SHARE : 240;
 constexpr int TILES = WARPS_N * ROW_TILES;
 constexpr int BAND = 16;  // token tiles that are walked before the next channels: their x stays in L2
-constexpr int BOX = TOKENS / CLUSTER * 128;
 
 constexpr int PART = TOKENS % 32 == 0 ? 32 : 16;  // tokens that are written at once
 constexpr int GROUP_ROWS = 64 * ROW_TILES;        // channels of a warpgroup
@@ -54,15 +53,8 @@ __device__ __forceinline__ void barrier_wait(u32 at, u32 parity) {
       : "memory");
 }
 
-__device__ __forceinline__ void barrier_arrive(u32 at, int block) {
-  if (CLUSTER == 1)
-    asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(at) : "memory");
-  else
-    asm volatile(
-        "{ .reg .b32 there; mapa.shared::cluster.u32 there, %0, %1;\n"
-        "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there]; }" ::"r"(at),
-        "r"(block)
-        : "memory");
+__device__ __forceinline__ void barrier_arrive(u32 at) {
+  asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(at) : "memory");
 }
 
 __device__ __forceinline__ void fetch_bulk(u32 to, const char* from, u32 bytes, u32 barrier, u64 policy) {
@@ -73,29 +65,15 @@ __device__ __forceinline__ void fetch_bulk(u32 to, const char* from, u32 bytes, 
 }
 
 __device__ __forceinline__ void fetch_box(u32 to, const char* map, int column, int row, u32 barrier, u64 policy) {
-  if (CLUSTER == 1)
-    asm volatile(
-        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint"
-        " [%0], [%1, {%2, %3}], [%4], %5;" ::"r"(to),
-        "l"(map), "r"(column), "r"(row), "r"(barrier), "l"(policy)
-        : "memory");
-  else
-    asm volatile(
-        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster.L2::cache_hint"
-        " [%0], [%1, {%2, %3}], [%4], %5, %6;" ::"r"(to),
-        "l"(map), "r"(column), "r"(row), "r"(barrier), "h"(static_cast<u16>((1 << CLUSTER) - 1)), "l"(policy)
-        : "memory");
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint"
+      " [%0], [%1, {%2, %3}], [%4], %5;" ::"r"(to),
+      "l"(map), "r"(column), "r"(row), "r"(barrier), "l"(policy)
+      : "memory");
 }
 
 __device__ __forceinline__ void group_sync(int group) {
   asm volatile("bar.sync %0, 128;" ::"r"(group + 1) : "memory");
-}
-
-__device__ __forceinline__ void cluster_sync() {
-  if (CLUSTER == 1)
-    __syncthreads();
-  else
-    asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 
 // A position in the ring of stages, and in which of its two phases the ring is
@@ -107,14 +85,13 @@ struct Place {
   }
 };
 
-// The tiles of a cluster, in the order in which it takes them
+// The tiles of a block, in the order in which it takes them
 struct Walk {
   int tiles_n, tiles_m, tile;
   __device__ __forceinline__ Walk(const Arguments& p)
-      : tiles_n((p.n + ROWS * CLUSTER - 1) / (ROWS * CLUSTER)), tiles_m((p.m + TOKENS - 1) / TOKENS),
-        tile(blockIdx.x / CLUSTER) {}
+      : tiles_n((p.n + ROWS - 1) / ROWS), tiles_m((p.m + TOKENS - 1) / TOKENS), tile(blockIdx.x) {}
   __device__ __forceinline__ bool more() const { return tile < tiles_n * tiles_m; }
-  __device__ __forceinline__ void next() { tile += gridDim.x / CLUSTER; }
+  __device__ __forceinline__ void next() { tile += gridDim.x; }
   __device__ __forceinline__ int2 at() const {  // (channels, tokens), in tiles
     const int band = tile / (BAND * tiles_n), inside = tile - band * BAND * tiles_n;
     const int width = min(BAND, tiles_m - band * BAND);
@@ -122,7 +99,7 @@ struct Walk {
   }
 };
 
-__device__ __forceinline__ void fetch(const Arguments& p, u32 ring, u32 full, u32 empty, int rank, int lane) {
+__device__ __forceinline__ void fetch(const Arguments& p, u32 ring, u32 full, u32 empty, int lane) {
   const int steps = p.k / STEP, last = (p.n + 15) / 16 - 1;
   const u64 row_bytes = static_cast<u64>(p.k / UNIT) * UNIT_BYTES;
   const u64 again = keep_policy(true), weights_policy = keep_policy(p.m > TOKENS);
@@ -130,7 +107,7 @@ __device__ __forceinline__ void fetch(const Arguments& p, u32 ring, u32 full, u3
   Place place;
   for (Walk walk(p); walk.more(); walk.next()) {
     const int2 at = walk.at();
-    const int tile = min((at.x * CLUSTER + rank) * TILES + lane, last);
+    const int tile = min(at.x * TILES + lane, last);
     const char* weight = p.weight + tile * row_bytes;
     for (int i = 0; i < steps; ++i) {
       const u32 stage = ring + place.stage * STAGE_BYTES, barrier = full + 8 * place.stage;
@@ -141,8 +118,7 @@ __device__ __forceinline__ void fetch(const Arguments& p, u32 ring, u32 full, u3
       weight += STEP_BYTES;
       if (!waited) wait_for_previous_kernel(), waited = true;  // the weight is nobody's output, x is
       if (lane < X_ROW / 128)
-        fetch_box(stage + lane * (TOKENS * 128) + rank * BOX, p.x, (i * (X_ROW / 128) + lane) * 128,
-                  at.y * TOKENS + rank * (TOKENS / CLUSTER), barrier, again);
+        fetch_box(stage + lane * (TOKENS * 128), p.x, (i * (X_ROW / 128) + lane) * 128, at.y * TOKENS, barrier, again);
       place.next();
     }
   }
@@ -157,10 +133,10 @@ __device__ __forceinline__ float activate(float y) {
 }
 
 // The sums of a warpgroup to y, by way of shared memory, where tokens become rows
-__device__ __forceinline__ void write(const Arguments& p, u32 part, int2 at, int rank, int warp, int lane, const Sums& sums) {
+__device__ __forceinline__ void write(const Arguments& p, u32 part, int2 at, int warp, int lane, const Sums& sums) {
   const int group = warp / 4, in_group = warp % 4 * 32 + lane;
   const int first_token = at.y * TOKENS;
-  const int group_n = ((at.x * CLUSTER + rank) * TILES + group * 4 * ROW_TILES) * 16;
+  const int group_n = (at.x * TILES + group * 4 * ROW_TILES) * 16;
   float scale[ROW_TILES][2], shift[ROW_TILES][2], w_sum[ROW_TILES][2];
 #pragma unroll
   for (int r = 0; r < ROW_TILES; ++r)
@@ -229,13 +205,13 @@ __device__ __forceinline__ void write(const Arguments& p, u32 part, int2 at, int
   }
 }
 
-__device__ __forceinline__ void consume(const Arguments& p, u32 memory, u32 full, u32 empty, int rank, int warp, int lane) {
+__device__ __forceinline__ void consume(const Arguments& p, u32 memory, u32 full, u32 empty, int warp, int lane) {
   const int steps = p.k / STEP;
   Place place;
   wait_for_previous_kernel();
   // wgmma still reads a stage after ``multiply``: it is free once the next one's first products are.
   auto release = [&](int stage) {
-    if (lane < CLUSTER) barrier_arrive(empty + 8 * stage, lane);
+    if (lane == 0) barrier_arrive(empty + 8 * stage);
   };
   for (Walk walk(p); walk.more(); walk.next()) {
     Sums sums = {};
@@ -250,32 +226,28 @@ __device__ __forceinline__ void consume(const Arguments& p, u32 memory, u32 full
     }
     end_products<0>();
     release(before);
-    write(p, memory + PARTS_AT + warp / 4 * PART_BYTES, walk.at(), rank, warp, lane, sums);
+    write(p, memory + PARTS_AT + warp / 4 * PART_BYTES, walk.at(), warp, lane, sums);
   }
 }
 
-extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(128 * GROUPS, BLOCKS)
+extern "C" __global__ void __launch_bounds__(128 * GROUPS, BLOCKS)
     pipeline_linear(const __grid_constant__ Arguments p) {
   extern __shared__ __align__(1024) char dynamic[];
   const u32 memory = shared_address(dynamic), full = memory + BARRIERS_AT, empty = full + 8 * STAGES;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  int rank = 0;
-  if (CLUSTER > 1) asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
   if (threadIdx.x == 0) {
     for (int i = 0; i < STAGES; ++i) {
       barrier_init(full + 8 * i, 1);
-      barrier_init(empty + 8 * i, WARPS_N * CLUSTER);
+      barrier_init(empty + 8 * i, WARPS_N);
     }
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");  // for the copy engine too
   }
-  cluster_sync();
+  __syncthreads();
   if (warp >= WARPS_N) {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(FETCH_REGISTERS));
-    if (warp == WARPS_N) fetch(p, memory, full, empty, rank, lane);
+    if (warp == WARPS_N) fetch(p, memory, full, empty, lane);
   } else {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(MULTIPLY_REGISTERS));
-    consume(p, memory, full, empty, rank, warp, lane);
+    consume(p, memory, full, empty, warp, lane);
   }
-  __syncwarp();
-  cluster_sync();  // others may still write to this block's memory and arrive at its barriers
 }
