@@ -3,12 +3,11 @@
     PYTHONPATH=. python3 benchmarks/sanitize.py --out DIR [--only cuda_w4a16] [--seconds 240]
     PYTHONPATH=. python3 benchmarks/sanitize.py --case "NAME[;NAME]"     the cases alone, unchecked
 
-A plain run compiles everything and checks the results; then both tools run the same cases side by
-side, each in one process. A case is the smallest problem that meets every edge: rows and columns
-that fill no tile, and k long enough that each pipeline goes round. Every way to multiply of the
-streaming kernels has its own (mma or wgmma, k split over a cluster or not). Inputs are made on the
-CPU, so that no other kernels run; memcheck gets every tensor as an allocation of its own.
+A plain run compiles everything and checks the results; then both tools run the same cases
+(sanitize_cases.py) side by side, each in one process. memcheck gets every tensor as an allocation
+of its own.
 
+What racecheck says about Triton's own handshake of specialized warps (handshake.py) is counted apart.
 Writes DIR/sanitize.json and DIR/sanitize.md; exits with 1 if a tool reports anything, is missing, or
 a case did not run.
 """
@@ -28,158 +27,36 @@ import tempfile
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
+import handshake
 import torch
 from llama_report import machine
+from sanitize_cases import build, cases, names_of, run
 from tabulate import tabulate
 
-from fxquant import tuner
-from fxquant.lowering import cuda_layout, cuda_prefill, cuda_stream, triton_prefill
-from fxquant.lowering.cuda_stream import Shape
-from fxquant.lowering.dispatch import prequantized
-from fxquant.lowering.kernel import KERNELS
-from fxquant.scheme import Quantized, Scheme, get_scheme
-
-STREAM = {
-    "cuda_w4a16": ("int4wo-64", "int4wo-128-sym", "int2wo-32"),
-    "cuda_w8a16": ("int8wo", "fp8wo"),
-    "cuda_w4a8": ("8da4w-32", "8da4w-128"),
-    "cuda_w8a8": ("int8dq", "fp8dq"),
-}
-STREAM_ROWS, STREAM_N, STREAM_K = (1, 13, 130), 280, 4096
-DEQUANTIZED = ("int4wo-64", "int2wo-32", "int8wo", "fp8wo", "8da4w-32")
-TRITON = (
-    *(("triton_w8a8", "int8dq"), ("triton_fp8", "fp8dq"), ("triton_w8a8_persistent", "int8dq")),
-    *(
-        ("triton_fp8_persistent", "fp8dq"),
-        ("triton_w4a16", "int4wo-64"),
-        ("triton_w4a8", "8da4w-32"),
-    ),
-    *(("triton_w8a16", "int8wo"), ("triton_wf8a16", "fp8wo")),
-)
 OPTIONS = (
     # (tool or "" for both, option, value): those that this release of the sanitizer knows
     ("", "--print-limit", "300"),
     ("", "--target-processes", "application-only"),
     ("", "--destroy-on-device-error", "kernel"),  # the cases after it still run
     ("", "--show-backtrace", "no"),
+    ("", "--launch-timeout", "0"),  # importing torch may take longer than the 10 seconds it waits
     ("memcheck", "--report-api-errors", "no"),  # torch asks for symbols that older drivers lack
     ("memcheck", "--padding", "512"),  # what lies past an allocation is nobody's
 )
 PAUSE = 0.15
 """Seconds after a case: the sanitizer prints what it found from another process."""
 
+REPORTED = 9
+"""The exit code of a tool that reported something."""
+
+QUIET = "After millions of hazards racecheck reports no more: mend the first case, then run the others.\n"
+
 PREFIX = "========="
 BOILERPLATE = ("COMPUTE-SANITIZER", "ERROR SUMMARY", "RACECHECK SUMMARY", "LEAK SUMMARY")
 SUMMARY = re.compile(r"(?:ERROR|RACECHECK) SUMMARY: (\d+)")
-
-
-@dataclass(frozen=True)
-class Case:
-    """One launch. ``shape``: how a streaming kernel is cut."""
-
-    kernel: str
-    scheme: str
-    rows: int
-    n: int
-    k: int
-    shape: Shape | None = None
-
-    @property
-    def name(self) -> str:
-        cut = "" if self.shape is None else " cut " + "-".join(map(str, self.shape))
-        return f"{self.kernel} {self.scheme} {self.rows}x{self.n}x{self.k}{cut}"
-
-
-def cases() -> list[Case]:
-    found = [
-        Case(kernel, scheme, rows, STREAM_N, STREAM_K, shape)
-        for kernel, schemes in STREAM.items()
-        for scheme in schemes
-        for rows in STREAM_ROWS
-        for shape in kinds(get_scheme(scheme), rows)
-    ]
-    found += [Case("cuda_dequantize", scheme, 0, STREAM_N, 256) for scheme in DEQUANTIZED]
-    for kernel, scheme in TRITON:
-        n = 600 if kernel.endswith("persistent") else STREAM_N
-        found += [Case(kernel, scheme, 13, n, 1088), Case(kernel, scheme, 130, n, 1024)]
-    return found
-
-
-def names_of(part: str) -> list[str]:
-    """The names of all cases that have ``part`` in them."""
-    return [case.name for case in cases() if part in case.name]
-
-
-def kinds(scheme: Scheme, rows: int) -> list[Shape]:
-    """Cuts for this many rows, with and without wgmma: one that splits k neither over warps nor over
-    a cluster, one that does both; of each kind that with the shortest pipeline."""
-    cuts = tuner.cuts(scheme, STREAM_N, STREAM_K, rows)
-    cuts = [c for c in cuts if (c.warps_k > 1) == (c.splits > 1)]
-    cuts.sort(key=lambda c: (c.stages * c.step * c.warps_k * c.splits, c.tokens), reverse=True)
-    return list({(c.warpgroup, c.splits > 1): c for c in cuts}.values())
-
-
-def build(todo: Sequence[Case]) -> None:
-    """Compile the streaming kernels at once; the cache keeps them for the runs that are checked."""
-
-    def one(case: Case) -> None:
-        scheme = get_scheme(case.scheme)
-        dtype = torch.bfloat16 if scheme.input is None else scheme.input.codes_dtype
-        form = cuda_layout.format_of(scheme)
-        cuda_stream.compiled(form, case.shape, dtype, torch.bfloat16, None, "", 0)  # type: ignore
-
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(one, (case for case in todo if case.shape is not None)))
-
-
-def on_gpu(tensors: Sequence[torch.Tensor | None]) -> list[torch.Tensor | None]:
-    return [None if t is None else t.cuda() for t in tensors]
-
-
-def run(case: Case) -> float:
-    """The largest error of the case in units of its allowance."""
-    from tests import oracles
-
-    scheme, n, k = get_scheme(case.scheme), case.n, case.k
-    sample = oracles.random_sample(scheme, case.rows, n, k, torch.bfloat16)
-    kernel = KERNELS[case.kernel]
-    packed: Any = on_gpu(kernel.layout.pack(scheme, sample.weight))
-    if case.kernel == "cuda_dequantize":
-        return dequantized(scheme, sample.weight, packed, n, k)
-    x, codes = sample.x.cuda(), []
-    if scheme.input is not None:
-        q = scheme.input.quantize(sample.x)
-        codes = on_gpu((q.codes, q.scale.float(), None if q.zero is None else q.zero.float()))
-    if case.shape is None:
-        row = prequantized(scheme, codes)
-        few = mock.patch.object(triton_prefill, "multiprocessors", lambda device: 2)
-        with few:  # so that a program walks over several tiles
-            y = kernel.compute(row, x, packed, None, "")
-    else:
-        x, scale, zero = codes or (x, None, None)
-        y = cuda_stream.run(
-            scheme, case.shape, x, scale, zero, packed, None, n, "", torch.bfloat16
-        )  # fmt: skip
-    return oracles.bound_ratio(sample, y.cpu()).max().item()
-
-
-def dequantized(scheme: Scheme, q: Quantized, packed: Any, n: int, k: int) -> float:
-    """cuda_dequantize's own kernel in two slabs, the second with a broken tile."""
-    form, first = cuda_layout.format_of(scheme), cuda_layout.TILE
-    found = []
-    for start, rows in ((0, first), (first, n - first)):
-        out = torch.empty(rows, k, dtype=torch.bfloat16, device="cuda")
-        cuda_prefill.dequantize_tiles(form, *packed, n, k, start // first, out)
-        found.append(out.cpu().double())
-    expected = scheme.weight.dequantize(q, torch.float64).abs()
-    allowed = 1.01 * 2.0**-8 * expected + 2.0**-20 * expected.max()  # one rounding to bfloat16
-    difference = torch.cat(found) - scheme.weight.dequantize(q, torch.float64)
-    return (difference.abs() / allowed).max().item()
 
 
 def child(names: str) -> int:
@@ -193,8 +70,10 @@ def child(names: str) -> int:
         print(f"=== case {case.name}", flush=True)
         try:
             with torch.no_grad():
-                error = run(case)
+                error, places = run(case)
             torch.cuda.synchronize()
+            if places:
+                print("=== handshake", *places, flush=True)
             verdict = "done" if error <= 1 else f"failed error {error:.3g}"
         except Exception as failure:
             what = " ".join(str(failure).split())[:300]
@@ -207,10 +86,11 @@ def child(names: str) -> int:
 
 
 def parse(text: str) -> dict[str, Any]:
-    """What a run printed: {"device", "cases": {name: {"state", "reports"}}, "outside", "summary"}.
+    """What a run printed: {"device", "cases", "outside", "handshakes", "summary"}.
 
-    state: "done", "failed ..." or "not finished". A report is the text of one finding; those that
-    belong to no case are in "outside". summary: the tool's own count, None where it printed none.
+    cases: {name: {"state", "reports", "handshake"}}; state: "done", "failed ..." or "not finished".
+    A report is the text of one finding; those of no case are in "outside", those of a handshake
+    only counted. summary: the tool's own count, None where it printed none.
     """
     found: dict[str, Any] = {"device": "", "cases": {}, "outside": []}
     reports = found["outside"]
@@ -222,7 +102,10 @@ def parse(text: str) -> dict[str, Any]:
                 found["device"] = rest
             elif word == "case":
                 name, reports = rest, []
-                found["cases"][name] = {"state": "not finished", "reports": reports}
+                empty = {"state": "not finished", "reports": reports, "handshake": []}
+                found["cases"][name] = empty
+            elif word == "handshake":
+                found["cases"][name]["handshake"] = rest.split()
             elif word in ("done", "failed"):  # what is printed until the next case is still its own
                 found["cases"][name]["state"] = line[4:]
             elif word == "end":
@@ -235,6 +118,11 @@ def parse(text: str) -> dict[str, Any]:
                 reports[-1] += "\n" + body.strip()
             else:
                 reports.append(body.strip())
+    found["handshakes"] = 0
+    for case in found["cases"].values():
+        races = [r for r in case["reports"] if not handshake.explains(case["handshake"], r)]
+        found["handshakes"] += len(case["reports"]) - len(races)
+        case["reports"] = races
     counts = SUMMARY.findall(text)
     found["summary"] = sum(map(int, counts)) if counts else None
     return found
@@ -242,8 +130,9 @@ def parse(text: str) -> dict[str, Any]:
 
 def clean(found: dict[str, Any], names: Sequence[str]) -> bool:
     """Whether a checked run did all cases, and nothing was found."""
-    ran = found["cases"]
-    quiet = found["code"] == 0 and found["summary"] == 0 and not found["outside"]
+    ran, known = found["cases"], found["handshakes"]
+    code = REPORTED if known else 0
+    quiet = found["code"] == code and found["summary"] == known and not found["outside"]
     return quiet and all(n in ran and state(ran[n]) == "clean" for n in names)
 
 
@@ -260,7 +149,9 @@ def page(report: dict[str, Any]) -> str:
     """The findings as Markdown."""
     tools = report["runs"]
     versions = ", ".join(f"{k} {v}" for k, v in report["versions"].items())
-    verdict = "Nothing was reported." if report["clean"] else "**NOT clean.**"
+    known = sum(found["handshakes"] for found in tools.values())
+    verdict = "Nothing was reported" if report["clean"] else "**NOT clean**"
+    verdict += f", but for {known} handshakes of Triton's warps (handshake.py)." if known else "."
     head = f"{report['gpu']}, {versions}, {report['sanitizer']}, {report['date']}"
     lines = [
         (name, *(state(found["cases"].get(name)) for found in tools.values()))
@@ -274,6 +165,8 @@ def page(report: dict[str, Any]) -> str:
         shown = [f"{name}:\n```\n{text[:1500]}\n```\n" for name, text in texts[:20]]
         if not clean(found, report["cases"]):
             count = f"exit code {found['code']}, the tool counts {found['summary']}"
+            if tool == "racecheck" and texts:
+                shown.append(QUIET)
             shown.append(f"{count}; the output ends with\n```\n{found['tail']}\n```\n")
         if shown:
             parts.append(f"## {tool}\n\n" + "\n".join(shown))
@@ -282,13 +175,14 @@ def page(report: dict[str, Any]) -> str:
 
 def executable() -> str | None:
     """compute-sanitizer, of the path or of the CUDA toolkit."""
-    home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
-    return shutil.which("compute-sanitizer") or shutil.which(f"{home}/bin/compute-sanitizer")
+    name, home = "compute-sanitizer", os.environ.get("CUDA_HOME", "/usr/local/cuda")
+    places = (name, f"{home}/bin/{name}", f"{home}/{name}/{name}")
+    return next((found for place in places if (found := shutil.which(place))), None)
 
 
 def command(tool: str, path: str, known: str, port: int) -> list[str]:
     """compute-sanitizer with the options that ``known``, its help, names."""
-    words = [path, "--tool", tool, "--error-exitcode", "9"]
+    words = [path, "--tool", tool, "--error-exitcode", str(REPORTED)]
     for only, option, value in (*OPTIONS, ("", "--port", str(port))):
         if only in ("", tool) and option in known:
             words += [option, value]
@@ -341,7 +235,7 @@ def check(path: str, names: Sequence[str], deadline: float) -> dict[str, Any]:
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "gpu": runs["plain"]["device"],
         "versions": machine(),
-        "sanitizer": " ".join(version.split()[-2:]),
+        "sanitizer": " ".join(["compute-sanitizer", *re.findall(r"Version (\S+)", version)]),
         "seconds": {"plain": round(built - begin), "checked": round(time.time() - built)},
         "cases": list(names),
         "clean": len(runs) == 3 and all(clean(found, names) for found in runs.values()),

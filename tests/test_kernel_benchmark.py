@@ -221,7 +221,7 @@ def test_what_is_launched_is_compiled_ahead(kernels, monkeypatch):
     monkeypatch.setattr(
         kernels.tuner,
         "build",
-        lambda scheme, cuts, x, device: built.update({scheme.name: (cuts, x)}),
+        lambda cutter, scheme, cuts, x, device: built.update({scheme.name: (cuts, x)}),
     )
     schemes = [get_scheme(name) for name in ("int4wo-64", "fp8dq")]
     kernels.build(schemes, [(256, 1024)], (1, 16, 64), torch.device("cuda", 0))
@@ -266,6 +266,39 @@ def test_the_sanitizers_output_is_split_by_case(sanitize):
     assert found["cases"]["two"]["reports"][0].split("\n")[1] == "at stream_linear+0x1a0"
     assert found["outside"] == ["Target application returned an error"]
     assert sanitize.state(found["cases"].get("five")) == "not run"
+
+
+SASS = """
+        /*00e0*/    BAR.SYNC.DEFER_BLOCKING 0x1 ;            /* 0x0000040000007b1d */
+                                                             /* 0x000fec0000010000 */
+        /*00f0*/    LDS.U8 R2, [R2+UR22+0x281dc] ;           /* 0x0281dc1602027984 */
+        /*0100*/    BAR.SYNC.DEFER_BLOCKING 0x1 ;            /* 0x0000040000007b1d */
+        /*0110*/    LDS R2, [UR12+0x8] ;                     /* 0x0000080cff027984 */
+        /*0120*/    STS.64 [UR5+0x10], R2 ;                  /* 0x0000100500007988 */
+        /*0130*/    BAR.SYNC.DEFER_BLOCKING 0x1 ;            /* 0x0000040000007b1d */
+        /*0140*/    STS.64 [UR5+0x281e0], R2 ;               /* 0x0281e00500007988 */
+        /*0150*/    BAR.SYNC.DEFER_BLOCKING 0x1 ;            /* 0x0000040000007b1d */
+        /*0160*/    STS.64 [UR5+0x281e0], R2 ;               /* 0x0281e00500007988 */
+        /*0170*/    BAR.SYNC.DEFER_BLOCKING 0x0, 0x80 ;      /* 0x0000040000007b1d */
+"""
+RACE = "========= Error: Race reported between Read access at k+0xf0 in a.py:74\n"
+RACE += "=========     and Write access at k+0x{} in a.py:74 [13 hazards]\n========= \n"
+
+
+def test_a_handshake_of_warps_is_no_race_and_any_other_is(sanitize):
+    assert sanitize.handshake.offsets(SASS) == [0xF0, 0x140]
+    assert sanitize.handshake.offsets(SASS.replace("LDS.U8", "LDS")) == []
+    start = "=== case one\n=== handshake k+0xf0 k+0x140\n"
+    end = "=== done\n=== end\n========= RACECHECK SUMMARY: 1 hazard displayed\n"
+    found = sanitize.parse(start + RACE.format("140") + end)
+    assert found["handshakes"] == 1 and sanitize.clean(found | {"code": 9}, ["one"])
+    assert not sanitize.clean(found | {"code": 1}, ["one"])
+    assert not sanitize.clean(found | {"code": 9, "summary": 2}, ["one"])
+    for other in (RACE.format("160"), RACE.replace("k+0xf0", "k+0x110").format("140")):
+        found = sanitize.parse(start + other + end)
+        assert found["handshakes"] == 0 and not sanitize.clean(found | {"code": 9}, ["one"])
+    elsewhere = sanitize.parse("=== case one\n" + RACE.format("140") + end)
+    assert not sanitize.clean(elsewhere | {"code": 9}, ["one"])
 
 
 def test_clean_means_that_all_ran_and_nothing_was_said(sanitize):
@@ -317,14 +350,24 @@ def test_a_report_of_both_tools(sanitize, monkeypatch, tmp_path):
 
 
 def test_cases_cover_every_kernel_of_ours_and_both_products(sanitize):
+    cases = importlib.import_module("sanitize_cases")
     found = sanitize.cases()
     ours = {name for name in KERNELS if name.startswith(("cuda_", "triton_"))}
     assert {case.kernel for case in found} | {"cuda_dequantize_w4a8"} == ours
     assert len({case.name for case in found}) == len(found)
-    for kernel, schemes in sanitize.STREAM.items():
+    for kernel, schemes in cases.STREAM.items():
         for scheme in schemes:
-            cuts = [c.shape for c in found if (c.kernel, c.scheme) == (kernel, scheme)]
+            cuts = [c.cut for c in found if (c.kernel, c.scheme) == (kernel, scheme)]
             assert {c.warpgroup for c in cuts} == ({0} if scheme == "fp8dq" else {0, 1})
             assert {c.warps_k > 1 for c in cuts} == {c.splits > 1 for c in cuts} == {False, True}
             for cut in cuts:  # every pipeline is filled again at least once
-                assert cut.stages * cut.step * cut.warps_k * cut.splits < sanitize.STREAM_K
+                assert cut.stages * cut.step * cut.warps_k * cut.splits < cases.STREAM_K
+    for kernel, schemes in cases.PIPELINE.items():
+        for scheme in schemes:
+            mine = [c for c in found if (c.kernel, c.scheme) == (kernel, scheme)]
+            assert {c.cut.blocks for c in mine} == {1, 2}
+            assert {c.cut.warpgroups > 1 for c in mine} == {False, True}
+            for c in mine:  # the ring too, and its blocks have several tiles
+                assert c.cut.stages * c.cut.step < c.k
+                tiles = -(-c.n // c.cut.rows) * -(-c.rows // c.cut.tokens)
+                assert tiles > cases.FEW * c.cut.blocks

@@ -1,0 +1,172 @@
+"""The cases of sanitize.py: each the smallest problem that meets every edge of a kernel.
+
+Rows and columns fill no tile, k is long enough that each pipeline goes round, and a block that walks
+over tiles has several. Every way to cut a kernel has its own: mma or wgmma, k split over a cluster or
+not, groups that multiply alone or beside others. Inputs are made on the CPU, so that no other
+kernels run.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import handshake
+import torch
+
+from fxquant import tuner
+from fxquant.lowering import cuda_layout, cuda_pipeline, cuda_prefill, triton_prefill
+from fxquant.lowering.cuda_pipeline import Cut
+from fxquant.lowering.cuda_stream import Shape
+from fxquant.lowering.dispatch import prequantized
+from fxquant.lowering.kernel import KERNELS
+from fxquant.scheme import Quantized, Scheme, get_scheme
+
+STREAM = {
+    "cuda_w4a16": ("int4wo-64", "int4wo-128-sym", "int2wo-32"),
+    "cuda_w8a16": ("int8wo", "fp8wo"),
+    "cuda_w4a8": ("8da4w-32", "8da4w-128"),
+    "cuda_w8a8": ("int8dq", "fp8dq"),
+}
+PIPELINE = {
+    "cuda_pipeline": (*STREAM["cuda_w4a16"], *STREAM["cuda_w8a16"]),
+    "cuda_pipeline_w4a8": STREAM["cuda_w4a8"],
+}
+STREAM_ROWS, STREAM_N, STREAM_K = (1, 13, 130), 280, 4096
+DEQUANTIZED = ("int4wo-64", "int2wo-32", "int8wo", "fp8wo", "8da4w-32")
+TRITON = (
+    ("triton_w8a8", "int8dq"),
+    ("triton_fp8", "fp8dq"),
+    ("triton_w8a8_persistent", "int8dq"),
+    ("triton_fp8_persistent", "fp8dq"),
+    ("triton_w4a16", "int4wo-64"),
+    ("triton_w4a8", "8da4w-32"),
+    ("triton_w8a16", "int8wo"),
+    ("triton_wf8a16", "fp8wo"),
+)
+FEW = 2
+"""Multiprocessors that kernels think they have whose programs walk over tiles."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One launch. ``cut``: how a kernel of ``tuner.CUTTERS`` is cut."""
+
+    kernel: str
+    scheme: str
+    rows: int
+    n: int
+    k: int
+    cut: Shape | Cut | None = None
+
+    @property
+    def name(self) -> str:
+        cut = "" if self.cut is None else " cut " + "-".join(map(str, self.cut))
+        return f"{self.kernel} {self.scheme} {self.rows}x{self.n}x{self.k}{cut}"
+
+
+def cases() -> list[Case]:
+    found = [
+        Case(kernel, scheme, rows, STREAM_N, STREAM_K, cut)
+        for kernel, schemes in STREAM.items()
+        for scheme in schemes
+        for rows in STREAM_ROWS
+        for cut in stream_kinds(scheme, rows)
+    ]
+    found += [  # once with rows of y that end on 16 bytes, once with others
+        Case(kernel, scheme, 130, STREAM_N + 3 * (cut.blocks > 1), STREAM_K, cut)
+        for kernel, schemes in PIPELINE.items()
+        for scheme in schemes
+        for cut in pipeline_kinds(scheme, 130)
+    ]
+    found += [Case("cuda_dequantize", scheme, 0, STREAM_N, 256) for scheme in DEQUANTIZED]
+    for kernel, scheme in TRITON:
+        n = 600 if kernel.endswith("persistent") else STREAM_N
+        found += [Case(kernel, scheme, 13, n, 1088), Case(kernel, scheme, 130, n, 1024)]
+    return found
+
+
+def names_of(part: str) -> list[str]:
+    """The names of all cases that have ``part`` in them."""
+    return [case.name for case in cases() if part in case.name]
+
+
+def stream_kinds(scheme: str, rows: int) -> list[Shape]:
+    """Cuts for this many rows, with and without wgmma: one that splits k neither over warps nor over
+    a cluster, one that does both; of each kind that with the shortest pipeline."""
+    cuts = tuner.stream_cuts(get_scheme(scheme), STREAM_N, STREAM_K, rows)
+    cuts = [c for c in cuts if (c.warps_k > 1) == (c.splits > 1)]
+    cuts.sort(key=lambda c: (c.stages * c.step * c.warps_k * c.splits, c.tokens), reverse=True)
+    return list({(c.warpgroup, c.splits > 1): c for c in cuts}.values())
+
+
+def pipeline_kinds(scheme: str, rows: int) -> list[Cut]:
+    """Cuts for one and for two blocks on a multiprocessor: one group that multiplies few tokens,
+    several that multiply many; of each kind that with the shortest ring."""
+    cuts = tuner.pipeline_cuts(get_scheme(scheme), STREAM_N, STREAM_K, rows)
+    cuts = [c for c in cuts if (c.warpgroups > 1) == (c.tokens > 64)]
+    cuts.sort(key=lambda c: (c.stages * c.step, c.tokens), reverse=True)
+    return list({(c.blocks, c.tokens > 64): c for c in cuts}.values())
+
+
+def build(todo: Sequence[Case]) -> None:
+    """Compile the kernels that are cut at once; the cache keeps them for the runs that are checked."""
+
+    def one(case: Case) -> None:
+        scheme = get_scheme(case.scheme)
+        dtype = torch.bfloat16 if scheme.input is None else scheme.input.codes_dtype
+        form, compiled = cuda_layout.format_of(scheme), tuner.CUTTERS[case.kernel].compiled
+        compiled(form, case.cut, dtype, torch.bfloat16, None, "", 0)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(one, (case for case in todo if case.cut is not None)))
+
+
+def on_gpu(tensors: Sequence[torch.Tensor | None]) -> list[torch.Tensor | None]:
+    return [None if t is None else t.cuda() for t in tensors]
+
+
+def run(case: Case) -> tuple[float, list[str]]:
+    """The largest error of the case in units of its allowance, and the places of a handshake."""
+    from tests import oracles
+
+    scheme, n, k = get_scheme(case.scheme), case.n, case.k
+    sample = oracles.random_sample(scheme, case.rows, n, k, torch.bfloat16)
+    kernel = KERNELS[case.kernel]
+    packed: Any = on_gpu(kernel.layout.pack(scheme, sample.weight))
+    if case.kernel == "cuda_dequantize":
+        return dequantized(scheme, sample.weight, packed, n, k), []
+    x, codes = sample.x.cuda(), []
+    if scheme.input is not None:
+        q = scheme.input.quantize(sample.x)
+        codes = on_gpu((q.codes, q.scale.float(), None if q.zero is None else q.zero.float()))
+    kept = handshake.Kept(triton_prefill.persistent_linear_kernel)
+    few = {"multiprocessors": lambda device: FEW, "persistent_linear_kernel": kept}
+    row = {"device_row": lambda device: SimpleNamespace(units=FEW)}
+    with mock.patch.multiple(triton_prefill, **few), mock.patch.multiple(cuda_pipeline, **row):
+        if case.cut is None:
+            y = kernel.compute(prequantized(scheme, codes), x, packed, None, "")
+        else:
+            x, scale, zero = codes or (x, None, None)
+            run_cut = tuner.CUTTERS[case.kernel].run
+            y = run_cut(scheme, case.cut, x, scale, zero, packed, None, n, "", torch.bfloat16)
+    return oracles.bound_ratio(sample, y.cpu()).max().item(), kept.places()
+
+
+def dequantized(scheme: Scheme, q: Quantized, packed: Any, n: int, k: int) -> float:
+    """cuda_dequantize's own kernel in two slabs, the second with a broken tile."""
+    form, first = cuda_layout.format_of(scheme), cuda_layout.TILE
+    found = []
+    for start, rows in ((0, first), (first, n - first)):
+        out = torch.empty(rows, k, dtype=torch.bfloat16, device="cuda")
+        cuda_prefill.dequantize_tiles(form, *packed, n, k, start // first, out)
+        found.append(out.cpu().double())
+    expected = scheme.weight.dequantize(q, torch.float64).abs()
+    allowed = 1.01 * 2.0**-8 * expected + 2.0**-20 * expected.max()  # one rounding to bfloat16
+    difference = torch.cat(found) - scheme.weight.dequantize(q, torch.float64)
+    return (difference.abs() / allowed).max().item()
