@@ -332,7 +332,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--tokens", type=int, default=128, help="decoded tokens that are timed")
     add("--length", type=int, default=256, help="of the cache for decoding")
     add("--prefill", type=int, default=2048, help="tokens; 0: none")
-    add("--attention", choices=("sdpa", "matmul"), default="sdpa", help="for decoding")
+    add("--attention", choices=("matmul", "sdpa"), default="matmul", help="for decoding")
     add("--merged", action="store_true", help="q/k/v and gate/up are one linear each, for all")
     add("--profile", action="store_true", help="also record the kernels of a step")
     add("--out", type=Path, default=Path(__file__).parent / "results")

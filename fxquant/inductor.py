@@ -168,20 +168,27 @@ def inductor_options() -> frozenset[str]:
     return frozenset(inductor_config.get_config_copy())
 
 
+OVERLAP = "triton.enable_pdl"
+"""Inductor's setting for kernels that start before the one ahead has ended; Hopper and newer only."""
+
+
 class _Expansion(CustomGraphPass):
     """``expand``, where lowering asks for it, before Inductor fuses; then the user's own pass.
 
     Its uuid puts fxquant's sources and configuration into Inductor's cache key.
     """
 
-    def __init__(self, expand: Callable[[fx.Graph], None] | None, tag: str, after: Any = None):
-        self.passes = [p for p in (expand, after) if p is not None]
+    def __init__(self, expand: Any, overlap: bool, tag: str, after: Any):
+        self.expand = expand
+        self.overlap = overlap
         self.after = after
         self.tag = tag
 
     def __call__(self, graph: fx.Graph) -> None:
-        for apply in self.passes:
-            apply(graph)
+        if self.expand is not None and self.expand(graph) and self.overlap:
+            inductor_config.triton.enable_pdl = True  # until the patches of this compile end
+        if self.after is not None:
+            self.after(graph)
 
     def uuid(self) -> Any:
         """None, which keeps the graph out of the cache, where the user's pass has no uuid."""
@@ -205,8 +212,9 @@ def compile_graph(
     from Dynamo is carried over.
     """
     hook = "post_grad_custom_pre_pass"
-    expansion = _Expansion(gm.meta.get("fxquant_expand"), tag, patches.get(hook))
-    patches = {**patches, hook: expansion}
+    overlap = OVERLAP in inductor_options() and OVERLAP not in patches
+    expansion = _Expansion(gm.meta.get("fxquant_expand"), overlap, tag, patches.get(hook))
+    patches = {**patches, hook: expansion} | ({OVERLAP: False} if overlap else {})
     gm.meta.update({k: copy.copy(v) for k, v in origin.meta.items() if k not in gm.meta})
     if hasattr(origin, "_param_name_to_source"):
         # every parameter is a placeholder; constants that tracing made inside of bodies are left

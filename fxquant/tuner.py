@@ -92,7 +92,7 @@ def stream_cuts(scheme: Scheme, n: int, k: int, rows: int) -> list[Shape]:
     return found
 
 
-_GROUPS = ((1, 2), (2, 1), (2, 2), (3, 1), (4, 1), (4, 2))
+_GROUPS = ((1, 1), (1, 2), (2, 1), (2, 2), (3, 1), (4, 1), (4, 2))
 """Warpgroups, and tiles of each, of ``cuda_pipeline``."""
 
 

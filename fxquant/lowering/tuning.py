@@ -52,11 +52,23 @@ def key(scheme: str, n: int, k: int) -> str:
     return f"{scheme} {n}x{k}"
 
 
+ALIKE = math.log(8)
+"""How far the sizes of a layer may be from a measured one's for the same kernels: the sum over n and k
+of the logarithms of their ratios."""
+
+
 def tuned_kernels(device: str, scheme: str, n: int, k: int) -> list[tuple[str, int]]:
-    """(kernel, first number of rows), or nothing."""
-    return [
-        (name, first) for name, first in tuned_table(device)["kernels"].get(key(scheme, n, k), [])
-    ]
+    """(kernel, first number of rows) of this layer, or of the likest one of its scheme that was
+    measured; nothing where none is near."""
+    table = tuned_table(device)["kernels"]
+    alike = [e for e in table if e.partition(" ")[0] == scheme and _distance(e, n, k) <= ALIKE]
+    nearest = min(alike, key=lambda e: _distance(e, n, k), default="")
+    return [(name, first) for name, first in table.get(nearest, [])]
+
+
+def _distance(entry: str, n: int, k: int) -> float:
+    there = [int(s) for s in entry.partition(" ")[2].split("x")]
+    return sum(abs(math.log(a / b)) for a, b in zip(there, (n, k), strict=True))
 
 
 @lru_cache(maxsize=4096)
@@ -66,16 +78,11 @@ def tuned_shapes(
     """How a kernel family may cut its blocks for this many rows, the likeliest first: what was measured
     for the layer itself, then for layers of the same scheme or family, by distance in n and k."""
 
-    def distance(entry: str) -> tuple[bool, float]:
-        name, _, size = entry.partition(" ")
-        there = [int(s) for s in size.split("x")]
-        return name != scheme, sum(abs(math.log(a / b)) for a, b in zip(there, (n, k), strict=True))
-
     table = tuned_table(device)[section]
     alike = [
         e for e in table if (known := SCHEMES.get(e.partition(" ")[0])) and known.family == family
     ]
     found = []
-    for entry in sorted(alike, key=distance):
+    for entry in sorted(alike, key=lambda e: (e.partition(" ")[0] != scheme, _distance(e, n, k))):
         found += [shape for first, shape in reversed(table[entry]) if rows >= first][:1]
     return tuple(tuple(shape) for shape in found)

@@ -31,3 +31,27 @@ def test_the_users_own_pass_runs_after_it():
     with torch.no_grad():
         fxquant.compile(model, "int8dq", **options)(torch.randn(3, 64))
     assert seen and not any("fxquant.quantize" in target for target in seen)
+
+
+def test_kernels_overlap_unless_one_would_read_nothing():
+    """The switch is on for Inductor's code generation, as the user sets it, and off again afterwards."""
+    from torch._inductor import config
+
+    class Model(torch.nn.Module):
+        def __init__(self, fill):
+            super().__init__()
+            self.linear = torch.nn.Linear(64, 64)
+            self.fill = fill
+
+        def forward(self, x):
+            y = self.linear(x) + torch.arange(64, device=x.device)
+            return (y, torch.full((3,), 2.0)) if self.fill else y
+
+    seen = []
+    hook = {"post_grad_custom_post_pass": lambda graph: seen.append(config.triton.enable_pdl)}
+    for fill, given in [(False, {}), (True, {}), (False, {"triton.enable_pdl": False})]:
+        torch.compiler.reset()
+        with torch.no_grad():
+            fxquant.compile(Model(fill), "int8wo", inductor=hook | given)(torch.randn(3, 64))
+    assert seen == [True, False, False]
+    assert not config.triton.enable_pdl

@@ -211,6 +211,7 @@ __device__ __forceinline__ void consume(const Arguments& p, u32 memory, u32 full
   wait_for_previous_kernel();
   // wgmma still reads a stage after ``multiply``: it is free once the next one's first products are.
   auto release = [&](int stage) {
+    __syncwarp();  // every lane has read its weights
     if (lane == 0) barrier_arrive(empty + 8 * stage);
   };
   for (Walk walk(p); walk.more(); walk.next()) {
