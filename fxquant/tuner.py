@@ -107,7 +107,12 @@ def pipeline_cuts(scheme: Scheme, n: int, k: int, rows: int) -> list[Cut]:
         sorted(tokens), _GROUPS, (64, 128, 256), (1, 2)
     ):
         deepest = [Cut(groups, tiles, count, step, stages, blocks) for stages in (6, 5, 4, 3)]
-        found += [cut for cut in deepest if cut.fits(form, k)][:1]
+        for cut in [cut for cut in deepest if cut.fits(form, k)][:1]:
+            programs = -(-n // cut.rows) * -(-rows // count)
+            for splits in (1, 2, 4, 8):
+                split = cut._replace(splits=splits)
+                if splits == 1 or programs * splits <= MULTIPROCESSORS * blocks:
+                    found += [split] if split.fits(form, k) else []
     return found
 
 

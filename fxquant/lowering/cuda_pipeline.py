@@ -34,7 +34,14 @@ from .kernel import Problem, kernel
 from .triton_launch import EPILOGUES, LIBRARY, estimate, input_is
 from .tuning import tuned_shapes
 
-SOURCES = ("constants.cuh", "ptx.cuh", "unpack.cuh", "multiply.cuh", "pipeline.cu")
+SOURCES = (
+    "constants.cuh",
+    "ptx.cuh",
+    "unpack.cuh",
+    "multiply.cuh",
+    "epilogue.cuh",
+    "pipeline.cu",
+)
 
 SPARE = 40
 """Registers beside the sums: the weights being unpacked, addresses."""
@@ -42,7 +49,7 @@ SPARE = 40
 
 class Cut(NamedTuple):
     """How a block of threads is cut. warpgroups: that multiply, each ``64 * row_tiles`` channels; step:
-    values of k in a stage; blocks: on a multiprocessor."""
+    values of k in a stage; blocks: on a multiprocessor; splits: blocks of a cluster that share k."""
 
     warpgroups: int
     row_tiles: int
@@ -50,13 +57,22 @@ class Cut(NamedTuple):
     step: int
     stages: int
     blocks: int = 1
+    splits: int = 1
 
     @property
     def shape(self) -> Shape:
         """The same in the constants of the sources that ``stream.cu`` shares."""
         warps = 4 * self.warpgroups
         return Shape(
-            warps, 1, self.row_tiles, self.tokens, self.step, self.stages, 1, self.blocks, 1
+            warps,
+            1,
+            self.row_tiles,
+            self.tokens,
+            self.step,
+            self.stages,
+            1,
+            self.blocks,
+            self.splits,
         )
 
     @property
@@ -64,11 +80,15 @@ class Cut(NamedTuple):
         return 128 * (self.warpgroups + 1)
 
     @property
+    def equal_registers(self) -> int:
+        """Of each thread when the kernel starts: a part of a scheduler's 512."""
+        return min(512 // ((self.warpgroups + 1) * self.blocks) // 8 * 8, 248)
+
+    @property
     def registers(self) -> int:
-        """Of a thread that multiplies: of a scheduler's 512, after the fetching group's 40."""
-        groups = self.warpgroups + 1
-        each = min(512 // (groups * self.blocks) // 8 * 8, 248)
-        return min((each * groups - 40) // self.warpgroups // 8 * 8, 240)
+        """Of a thread that multiplies, once the fetching group has kept 40."""
+        rest = self.equal_registers * (self.warpgroups + 1) - 40
+        return min(rest // self.warpgroups // 8 * 8, 240)
 
     @property
     def rows(self) -> int:
@@ -76,10 +96,11 @@ class Cut(NamedTuple):
         return 64 * self.row_tiles * self.warpgroups
 
     def shared(self, form: Format) -> int:
-        """Bytes of shared memory: the ring, what is being written, and the barriers."""
+        """Bytes of shared memory: the ring, what is being written, and the barriers; or partial sums."""
         stage = self.shape.stage_bytes(form)
         part = (32 if self.tokens % 32 == 0 else 16) * (128 * self.row_tiles + 16)
-        return self.stages * stage + self.warpgroups * part + 16 * self.stages
+        ring = self.stages * stage + self.warpgroups * part + 16 * self.stages
+        return max(ring, self.tokens * (self.rows + 4) * 4 if self.splits > 1 else 0)
 
     def sums(self, form: Format) -> int:
         """Registers of a thread that hold sums, those still being made of integers included."""
@@ -92,6 +113,7 @@ class Cut(NamedTuple):
         fits = fits and self.shape.fits_wgmma(form) and self.tokens % 16 == 0
         fits = fits and self.row_tiles * self.warpgroups <= 8 and self.tokens <= 256
         fits = fits and self.sums(form) + SPARE <= self.registers
+        fits = fits and self.tokens // 2 + 40 <= self.equal_registers  # with fewer, ptxas serializes
         return fits and self.shared(form) * self.blocks <= SHARED_LIMIT
 
 
@@ -183,8 +205,9 @@ def run(
     arguments += bytes(-len(arguments) % 64)  # the map aligns the whole
     tiles = -(-n // cut.rows) * -(-m // cut.tokens)
     blocks = device_row(x.device).units * cut.blocks
+    grid = min(tiles, blocks) if cut.splits == 1 else tiles * cut.splits
     with torch.cuda.device(device):
-        call.launch((min(tiles, blocks), 1, 1), arguments)
+        call.launch((grid, 1, 1), arguments)
     return y
 
 

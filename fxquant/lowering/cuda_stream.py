@@ -138,7 +138,9 @@ def text_of(*names: str) -> str:
 def source(form: Format, shape: Shape, half: bool) -> str:
     """The text of ``stream_linear``: one function of it depends on the number of tokens."""
     head = warpgroup_product(form, shape.tokens, half) if shape.warpgroup else ""
-    return head + text_of("constants.cuh", "ptx.cuh", "unpack.cuh", "multiply.cuh", "stream.cu")
+    return head + text_of(
+        "constants.cuh", "ptx.cuh", "unpack.cuh", "multiply.cuh", "epilogue.cuh", "stream.cu"
+    )
 
 
 def compile_linear(

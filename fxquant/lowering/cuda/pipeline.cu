@@ -5,7 +5,8 @@
 // in registers, as the left operand of wgmma. What one of them waits for, another one uses: unpacking
 // and products overlap, and so does the end of a tile with the fetches for the next.
 // (Clusters that share their activations by multicast were slower everywhere on an H200, by 10 to
-// 40 %: blocks then wait for each other.)
+// 40 %: blocks then wait for each other.) Where there are few tiles, a cluster of SPLITS blocks splits
+// k; its partial sums are added in a fixed order.
 
 struct Arguments {
   __align__(64) char x[128];  // tensor map of [m, k]: 128 bytes of k by TOKENS, swizzled
@@ -27,6 +28,7 @@ constexpr int FETCH_REGISTERS = 40;
 constexpr int SHARE = (REGISTERS * GROUPS - FETCH_REGISTERS) / (GROUPS - 1) / 8 * 8;
 constexpr int MULTIPLY_REGISTERS = SHARE < 240 ? SHARE : 240;
 constexpr int TILES = WARPS_N * ROW_TILES;
+constexpr int CONSUMERS = THREADS;
 constexpr int BAND = 16;  // token tiles that are walked before the next channels: their x stays in L2
 
 constexpr int PART = TOKENS % 32 == 0 ? 32 : 16;  // tokens that are written at once
@@ -89,9 +91,9 @@ struct Place {
 struct Walk {
   int tiles_n, tiles_m, tile;
   __device__ __forceinline__ Walk(const Arguments& p)
-      : tiles_n((p.n + ROWS - 1) / ROWS), tiles_m((p.m + TOKENS - 1) / TOKENS), tile(blockIdx.x) {}
+      : tiles_n((p.n + ROWS - 1) / ROWS), tiles_m((p.m + TOKENS - 1) / TOKENS), tile(blockIdx.x / SPLITS) {}
   __device__ __forceinline__ bool more() const { return tile < tiles_n * tiles_m; }
-  __device__ __forceinline__ void next() { tile += gridDim.x; }
+  __device__ __forceinline__ void next() { tile += gridDim.x / SPLITS; }
   __device__ __forceinline__ int2 at() const {  // (channels, tokens), in tiles
     const int band = tile / (BAND * tiles_n), inside = tile - band * BAND * tiles_n;
     const int width = min(BAND, tiles_m - band * BAND);
@@ -109,27 +111,19 @@ __device__ __forceinline__ void fetch(const Arguments& p, u32 ring, u32 full, u3
     const int2 at = walk.at();
     const int tile = min(at.x * TILES + lane, last);
     const char* weight = p.weight + tile * row_bytes;
-    for (int i = 0; i < steps; ++i) {
+    for (int i = blockIdx.x % SPLITS; i < steps; i += SPLITS) {
       const u32 stage = ring + place.stage * STAGE_BYTES, barrier = full + 8 * place.stage;
       barrier_wait(empty + 8 * place.stage, place.phase ^ 1);
       if (lane == 0) barrier_expect(barrier, X_BYTES + TILES * STEP_BYTES);
       __syncwarp();
-      if (lane < TILES) fetch_bulk(stage + X_BYTES + lane * STEP_BYTES, weight, STEP_BYTES, barrier, weights_policy);
-      weight += STEP_BYTES;
+      if (lane < TILES)
+        fetch_bulk(stage + X_BYTES + lane * STEP_BYTES, weight + i * STEP_BYTES, STEP_BYTES, barrier, weights_policy);
       if (!waited) wait_for_previous_kernel(), waited = true;  // the weight is nobody's output, x is
       if (lane < X_ROW / 128)
         fetch_box(stage + lane * (TOKENS * 128), p.x, (i * (X_ROW / 128) + lane) * 128, at.y * TOKENS, barrier, again);
       place.next();
     }
   }
-}
-
-__device__ __forceinline__ float activate(float y) {
-  if (ACTIVATION == 1) return y < 0 ? 0.0f : y;
-  if (ACTIVATION == 2) return 0.5f * y * (1.0f + erff(y * 0.7071067811865476f));
-  if (ACTIVATION == 3) return y / (1.0f + expf(-1.5957691216057308f * (y + 0.044715f * y * y * y)));
-  if (ACTIVATION == 4) return y / (1.0f + expf(-y));
-  return y;
 }
 
 // The sums of a warpgroup to y, by way of shared memory, where tokens become rows
@@ -145,9 +139,7 @@ __device__ __forceinline__ void write(const Arguments& p, u32 part, int2 at, int
       const int n = min(group_n + (warp % 4 * ROW_TILES + r) * 16 + lane / 4 + 8 * half, p.n - 1);
       scale[r][half] = !GROUPED || X_BITS == 16 ? p.w_scale[n] * SUM_FACTOR : 1.0f;
       w_sum[r][half] = X_ZERO ? p.w_sum[n] : 0.0f;
-      shift[r][half] = 0.0f;
-      if (BIAS_TYPE == 3) shift[r][half] = static_cast<const float*>(p.bias)[n];
-      if (BIAS_TYPE == 1 || BIAS_TYPE == 2) shift[r][half] = widen(static_cast<const u16*>(p.bias)[n], BIAS_TYPE);
+      shift[r][half] = bias_at(p.bias, n);
     }
 #pragma unroll
   for (int first = 0; first < TOKENS; first += PART) {
@@ -205,6 +197,52 @@ __device__ __forceinline__ void write(const Arguments& p, u32 part, int2 at, int
   }
 }
 
+// Partial sums of a cluster's blocks meet as [token][channel] where the ring was: there is one tile for
+// each cluster. Every block adds a share of them, four channels at a time.
+__device__ __forceinline__ void reduce(const Arguments& p, u32 memory, int2 at, int warp, int lane, const Sums& sums) {
+  constexpr int PITCH = ROWS + 4;
+  asm volatile("bar.sync 1, %0;" ::"n"(CONSUMERS) : "memory");  // nobody reads the ring any more
+#pragma unroll
+  for (int r = 0; r < ROW_TILES; ++r)
+#pragma unroll
+    for (int j = 0; j < TOKEN_TILES; ++j)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int token = 8 * j + 2 * (lane % 4) + i % 2, row = (warp * ROW_TILES + r) * 16 + lane / 4 + 8 * (i / 2);
+        asm volatile("st.shared.f32 [%0], %1;" ::"r"(memory + 4 * (token * PITCH + row)), "f"(sums[r][j][i]) : "memory");
+      }
+  cluster_barrier();
+  const int first_token = at.y * TOKENS, tokens = min(TOKENS, p.m - first_token);
+#pragma unroll 2
+  for (int i = blockIdx.x % SPLITS * CONSUMERS + threadIdx.x; i < tokens * (ROWS / 4); i += SPLITS * CONSUMERS) {
+    const int token = i / (ROWS / 4), row = i % (ROWS / 4) * 4, n = at.x * ROWS + row, m = first_token + token;
+    if (n >= p.n) continue;
+    float sum[4] = {};
+#pragma unroll
+    for (int part = 0; part < SPLITS; ++part) {
+      const u32 from = remote_address(memory + 4 * (token * PITCH + row), part);
+      float v[4];
+      asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
+                   : "=f"(v[0]), "=f"(v[1]), "=f"(v[2]), "=f"(v[3])
+                   : "r"(from)
+                   : "memory");
+#pragma unroll
+      for (int c = 0; c < 4; ++c) sum[c] += v[c];
+    }
+    u16* to = p.y + static_cast<u64>(m) * p.n + n;
+    u16 y[4];
+#pragma unroll
+    for (int c = 0; c < 4; ++c) y[c] = narrow(finish(p, sum[c], m, min(n + c, p.n - 1)), Y_TYPE);
+    if (p.n % 4 == 0) {
+      *reinterpret_cast<uint2*>(to) = make_uint2(y[0] | static_cast<u32>(y[1]) << 16, y[2] | static_cast<u32>(y[3]) << 16);
+    } else {
+#pragma unroll
+      for (int c = 0; c < 4; ++c)
+        if (n + c < p.n) to[c] = y[c];
+    }
+  }
+}
+
 __device__ __forceinline__ void consume(const Arguments& p, u32 memory, u32 full, u32 empty, int warp, int lane) {
   const int steps = p.k / STEP;
   Place place;
@@ -217,7 +255,7 @@ __device__ __forceinline__ void consume(const Arguments& p, u32 memory, u32 full
   for (Walk walk(p); walk.more(); walk.next()) {
     Sums sums = {};
     int before = -1;
-    for (int i = 0; i < steps; ++i) {
+    for (int i = blockIdx.x % SPLITS; i < steps; i += SPLITS) {
       barrier_wait(full + 8 * place.stage, place.phase);
       const u32 stage = memory + place.stage * STAGE_BYTES;
       multiply(stage + X_BYTES + warp * W_BYTES, stage, lane, 0, sums);
@@ -226,12 +264,16 @@ __device__ __forceinline__ void consume(const Arguments& p, u32 memory, u32 full
       place.next();
     }
     end_products<0>();
-    release(before);
-    write(p, memory + PARTS_AT + warp / 4 * PART_BYTES, walk.at(), warp, lane, sums);
+    if (SPLITS > 1) {
+      reduce(p, memory, walk.at(), warp, lane, sums);
+    } else {
+      release(before);
+      write(p, memory + PARTS_AT + warp / 4 * PART_BYTES, walk.at(), warp, lane, sums);
+    }
   }
 }
 
-extern "C" __global__ void __launch_bounds__(128 * GROUPS, BLOCKS)
+extern "C" __global__ void __cluster_dims__(SPLITS, 1, 1) __launch_bounds__(128 * GROUPS, BLOCKS)
     pipeline_linear(const __grid_constant__ Arguments p) {
   extern __shared__ __align__(1024) char dynamic[];
   const u32 memory = shared_address(dynamic), full = memory + BARRIERS_AT, empty = full + 8 * STAGES;
@@ -247,8 +289,12 @@ extern "C" __global__ void __launch_bounds__(128 * GROUPS, BLOCKS)
   if (warp >= WARPS_N) {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(FETCH_REGISTERS));
     if (warp == WARPS_N) fetch(p, memory, full, empty, lane);
+    __syncwarp();
+    if (SPLITS > 1) cluster_barrier();
   } else {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(MULTIPLY_REGISTERS));
     consume(p, memory, full, empty, warp, lane);
+    __syncwarp();
   }
+  if (SPLITS > 1) cluster_barrier();  // its sums may still be read
 }

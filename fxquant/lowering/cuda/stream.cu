@@ -25,29 +25,6 @@ struct Arguments {
   u32 base;  // BASE: a constant that the compiler knew it would load again for every use
 };
 
-__device__ __forceinline__ float activate(float y) {
-  if (ACTIVATION == 1) return y < 0 ? 0.0f : y;
-  if (ACTIVATION == 2) return 0.5f * y * (1.0f + erff(y * 0.7071067811865476f));
-  if (ACTIVATION == 3) return y / (1.0f + expf(-1.5957691216057308f * (y + 0.044715f * y * y * y)));
-  if (ACTIVATION == 4) return y / (1.0f + expf(-y));
-  return y;
-}
-
-// What another block of the cluster has at the same place in its shared memory
-__device__ __forceinline__ u32 load_remote(u32 at, int block) {
-  u32 there, value;
-  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(at), "r"(block));
-  asm volatile("ld.shared::cluster.b32 %0, [%1];" : "=r"(value) : "r"(there) : "memory");
-  return value;
-}
-
-__device__ __forceinline__ void cluster_barrier() {
-  if (SPLITS == 1)
-    __syncthreads();
-  else
-    asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
-}
-
 __device__ __forceinline__ Sum as_sum(u32 bits, Sum*) {
   if constexpr (INTEGER && !GROUPED)
     return static_cast<int>(bits);
@@ -163,13 +140,7 @@ extern "C" __global__ void __cluster_dims__(1, 1, SPLITS) __launch_bounds__(THRE
       Sum* from = &parts[(part % WARPS_K * COLUMNS + token) * PITCH + row];
       sum += SPLITS == 1 ? *from : as_sum(load_remote(shared_address(from), part / WARPS_K), from);
     }
-    float y = static_cast<float>(sum);
-    if (X_ZERO) y -= p.x_zero[m] * p.w_sum[n];
-    if (X_BITS == 8) y *= p.x_scale[m];
-    if (!GROUPED || X_BITS == 16) y *= p.w_scale[n] * SUM_FACTOR;
-    if (BIAS_TYPE == 3) y += static_cast<const float*>(p.bias)[n];
-    if (BIAS_TYPE == 1 || BIAS_TYPE == 2) y += widen(static_cast<const u16*>(p.bias)[n], BIAS_TYPE);
-    y = activate(y);
+    const float y = finish(p, static_cast<float>(sum), m, n);
     const u64 to = static_cast<u64>(m) * p.n + n;
     if (Y_TYPE == 3)
       static_cast<float*>(p.y)[to] = y;

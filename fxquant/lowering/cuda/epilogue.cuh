@@ -1,0 +1,42 @@
+// From sums to the result, and what blocks of a cluster need to add theirs up.
+
+__device__ __forceinline__ float activate(float y) {
+  if (ACTIVATION == 1) return y < 0 ? 0.0f : y;
+  if (ACTIVATION == 2) return 0.5f * y * (1.0f + erff(y * 0.7071067811865476f));
+  if (ACTIVATION == 3) return y / (1.0f + expf(-1.5957691216057308f * (y + 0.044715f * y * y * y)));
+  if (ACTIVATION == 4) return y / (1.0f + expf(-y));
+  return y;
+}
+
+__device__ __forceinline__ float bias_at(const void* bias, int n) {
+  if (BIAS_TYPE == 0) return 0.0f;
+  return BIAS_TYPE == 3 ? static_cast<const float*>(bias)[n] : widen(static_cast<const u16*>(bias)[n], BIAS_TYPE);
+}
+
+template <class Arguments>
+__device__ __forceinline__ float finish(const Arguments& p, float y, int m, int n) {
+  if (X_ZERO) y -= p.x_zero[m] * p.w_sum[n];
+  if (X_BITS == 8) y *= p.x_scale[m];
+  if (!GROUPED || X_BITS == 16) y *= p.w_scale[n] * SUM_FACTOR;
+  return activate(y + bias_at(p.bias, n));
+}
+
+// Where in the cluster's memory another block has what this one has at the same place
+__device__ __forceinline__ u32 remote_address(u32 at, int block) {
+  u32 there;
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(at), "r"(block));
+  return there;
+}
+
+__device__ __forceinline__ u32 load_remote(u32 at, int block) {
+  u32 value;
+  asm volatile("ld.shared::cluster.b32 %0, [%1];" : "=r"(value) : "r"(remote_address(at, block)) : "memory");
+  return value;
+}
+
+__device__ __forceinline__ void cluster_barrier() {
+  if (SPLITS == 1)
+    __syncthreads();
+  else
+    asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
