@@ -37,7 +37,8 @@ PIPELINE = {
     "cuda_pipeline": (*STREAM["cuda_w4a16"], *STREAM["cuda_w8a16"]),
     "cuda_pipeline_w4a8": STREAM["cuda_w4a8"],
 }
-STREAM_ROWS, STREAM_N, STREAM_K = (1, 13, 130), 280, 4096
+STREAM_ROWS, STREAM_N, STREAM_K = (1, 13, 70), 152, 4096
+PIPELINE_ROWS, PIPELINE_N = 130, 280
 DEQUANTIZED = ("int4wo-64", "int2wo-32", "int8wo", "fp8wo", "8da4w-32")
 TRITON = (
     ("triton_w8a8", "int8dq"),
@@ -79,10 +80,10 @@ def cases() -> list[Case]:
         for cut in stream_kinds(scheme, rows)
     ]
     found += [  # once with rows of y that end on 16 bytes, once with others
-        Case(kernel, scheme, 130, STREAM_N + 3 * (cut.blocks > 1), STREAM_K, cut)
+        Case(kernel, scheme, PIPELINE_ROWS, PIPELINE_N + 3 * (cut.tokens > 64), STREAM_K, cut)
         for kernel, schemes in PIPELINE.items()
         for scheme in schemes
-        for cut in pipeline_kinds(scheme, 130)
+        for cut in pipeline_kinds(scheme)
     ]
     found += [Case("cuda_dequantize", scheme, 0, STREAM_N, 256) for scheme in DEQUANTIZED]
     for kernel, scheme in TRITON:
@@ -105,13 +106,13 @@ def stream_kinds(scheme: str, rows: int) -> list[Shape]:
     return list({(c.warpgroup, c.splits > 1): c for c in cuts}.values())
 
 
-def pipeline_kinds(scheme: str, rows: int) -> list[Cut]:
-    """Cuts for one and for two blocks on a multiprocessor: one group that multiplies few tokens,
-    several that multiply many; of each kind that with the shortest ring."""
-    cuts = tuner.pipeline_cuts(get_scheme(scheme), STREAM_N, STREAM_K, rows)
-    cuts = [c for c in cuts if (c.warpgroups > 1) == (c.tokens > 64)]
+def pipeline_kinds(scheme: str) -> list[Cut]:
+    """Cuts with k split over a cluster or not: one group that multiplies few tokens, several that
+    multiply many; of each kind that with the shortest ring."""
+    cuts = tuner.pipeline_cuts(get_scheme(scheme), PIPELINE_N, STREAM_K, PIPELINE_ROWS)
+    cuts = [c for c in cuts if (c.warpgroups > 1) == (c.tokens > 64) and c.splits in (1, 4)]
     cuts.sort(key=lambda c: (c.stages * c.step, c.tokens), reverse=True)
-    return list({(c.blocks, c.tokens > 64): c for c in cuts}.values())
+    return list({(c.tokens > 64, c.splits > 1): c for c in cuts}.values())
 
 
 def build(todo: Sequence[Case]) -> None:
