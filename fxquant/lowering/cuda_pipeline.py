@@ -113,7 +113,9 @@ class Cut(NamedTuple):
         fits = fits and self.shape.fits_wgmma(form) and self.tokens % 16 == 0
         fits = fits and self.row_tiles * self.warpgroups <= 8 and self.tokens <= 256
         fits = fits and self.sums(form) + SPARE <= self.registers
-        fits = fits and self.tokens // 2 + 40 <= self.equal_registers  # with fewer, ptxas serializes
+        fits = (
+            fits and self.tokens // 2 + 40 <= self.equal_registers
+        )  # with fewer, ptxas serializes
         return fits and self.shared(form) * self.blocks <= SHARED_LIMIT
 
 

@@ -85,7 +85,8 @@ def _not_chosen(usable: list[Kernel], chosen: list[Kernel]) -> dict[str, str]:
 
 def _tuned(problem: Problem, usable: list[Kernel]) -> list[tuple[Kernel, int]]:
     """The measured steps for this shape, if every kernel of them can be used here."""
-    steps = tuned_kernels(problem.device.name, problem.scheme.name, problem.n, problem.k)
+    scheme = problem.scheme
+    steps = tuned_kernels(problem.device.name, scheme.name, scheme.family, problem.n, problem.k)
     known = {k.name: k for k in usable}
     if any(name not in known for name, _ in steps):
         return []

@@ -16,6 +16,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -57,13 +58,20 @@ ALIKE = math.log(8)
 of the logarithms of their ratios."""
 
 
-def tuned_kernels(device: str, scheme: str, n: int, k: int) -> list[tuple[str, int]]:
-    """(kernel, first number of rows) of this layer, or of the likest one of its scheme that was
-    measured; nothing where none is near."""
+def tuned_kernels(device: str, scheme: str, family: str, n: int, k: int) -> list[tuple[str, int]]:
+    """(kernel, first number of rows) of this layer, or of the likest one that was measured; nothing
+    where none is near."""
     table = tuned_table(device)["kernels"]
-    alike = [e for e in table if e.partition(" ")[0] == scheme and _distance(e, n, k) <= ALIKE]
-    nearest = min(alike, key=lambda e: _distance(e, n, k), default="")
-    return [(name, first) for name, first in table.get(nearest, [])]
+    near = [e for e in _alike(table, scheme, family, n, k) if _distance(e, n, k) <= ALIKE]
+    return [(name, first) for name, first in table[near[0]]] if near else []
+
+
+def _alike(table: Iterable[str], scheme: str, family: str, n: int, k: int) -> list[str]:
+    """Entries of the same scheme, then of its family, by distance in n and k."""
+    found = [
+        e for e in table if (known := SCHEMES.get(e.partition(" ")[0])) and known.family == family
+    ]
+    return sorted(found, key=lambda e: (e.partition(" ")[0] != scheme, _distance(e, n, k)))
 
 
 def _distance(entry: str, n: int, k: int) -> float:
@@ -75,14 +83,10 @@ def _distance(entry: str, n: int, k: int) -> float:
 def tuned_shapes(
     device: str, section: str, scheme: str, family: str, n: int, k: int, rows: int
 ) -> tuple[tuple[int, ...], ...]:
-    """How a kernel family may cut its blocks for this many rows, the likeliest first: what was measured
-    for the layer itself, then for layers of the same scheme or family, by distance in n and k."""
-
+    """How a kernel may cut its blocks for this many rows, the likeliest first: what was measured for
+    the layer itself, then for layers of the same scheme or family, by distance in n and k."""
     table = tuned_table(device)[section]
-    alike = [
-        e for e in table if (known := SCHEMES.get(e.partition(" ")[0])) and known.family == family
-    ]
     found = []
-    for entry in sorted(alike, key=lambda e: (e.partition(" ")[0] != scheme, _distance(e, n, k))):
+    for entry in _alike(table, scheme, family, n, k):
         found += [shape for first, shape in reversed(table[entry]) if rows >= first][:1]
     return tuple(tuple(shape) for shape in found)

@@ -213,12 +213,12 @@ def test_the_fastest_readings_become_the_table(tmp_path, monkeypatch):
     forget()
     tuner.save(table, tmp_path / "fxquant" / "some_Hopper.json")
     try:
-        assert tuned_kernels(HOPPER.name, "int4wo-64", 512, 256)[1] == ("cuda_dequantize", 65)
-        assert tuned_kernels(HOPPER.name, "int4wo-64", 640, 256)[1] == ("cuda_dequantize", 65), (
-            "the likest"
-        )
-        assert tuned_kernels(HOPPER.name, "int4wo-64", 8192, 256) == [], "none is near"
-        assert tuned_kernels(HOPPER.name, "int4wo-128", 512, 256) == [], "another scheme"
+        steps = [("cuda_w4a16", 0), ("cuda_dequantize", 65)]
+        assert tuned_kernels(HOPPER.name, "int4wo-64", "w4a16", 512, 256) == steps
+        assert tuned_kernels(HOPPER.name, "int4wo-64", "w4a16", 640, 256) == steps, "the likest"
+        assert tuned_kernels(HOPPER.name, "int4wo-128", "w4a16", 512, 256) == steps, "the family"
+        assert tuned_kernels(HOPPER.name, "int4wo-64", "w4a16", 8192, 256) == [], "none is near"
+        assert tuned_kernels(HOPPER.name, "int8wo", "w8a16", 512, 256) == [], "another family"
         assert tuned_shapes(HOPPER.name, "shapes", "int4wo-64", "w4a16", 512, 256, 40)[0] == many
         assert tuned_shapes(HOPPER.name, "shapes", "int4wo-128", "w4a16", 640, 256, 1)[0] == few, (
             "the likest"
