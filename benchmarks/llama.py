@@ -4,8 +4,8 @@
 
 Every contender runs in a process of its own, with cold compilation caches, on the same seeded
 random weights: converted part by part, then for each batch size decoded greedily (one compiled
-function a token, static cache), then prefilled. DIR/llama.json gains or replaces readings after
-each contender; llama.md is its table and llama.svg its plot, which ``--plot`` draws anew, with
+function a token, static cache), then prefilled. DIR/llama.json gains or replaces a reading as soon
+as there is one; llama.md is its table and llama.svg its plot, which ``--plot`` draws anew, with
 ``--kernels FILE`` the speed-up of kernels against rows too (speedup.svg). Plots need matplotlib.
 
 tokens/s is the wall clock of the second of two greedy runs. GB/s is what a step reads of the
@@ -28,12 +28,13 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -283,35 +284,72 @@ def work(args: argparse.Namespace, contender: str) -> None:
             file.flush()
 
 
-def launch(args: argparse.Namespace, argv: list[str], contender: str) -> list[dict[str, Any]]:
-    """Run one contender in a process of its own: its readings, a failure for each one missing."""
+def launch(
+    args: argparse.Namespace,
+    argv: list[str],
+    contender: str,
+    publish: Callable[[list[dict[str, Any]]], None],
+) -> None:
+    """Run one contender in a process of its own; publish each reading when there is one, and a failure
+    for each that never came."""
     limit = min(args.limit, args.deadline - time.time())
-    wanted = phases(args)
     if limit < min(args.limit, 30):
         print(f"{contender}: not run, no time left", flush=True)
-        return []
+        return
+    mine = {k: getattr(args, k) for k in (*GROUP, "jobs", "date")} | {"contender": contender}
+    wanted, count = phases(args), 0
     lines, log = args.scratch / f"{contender}.lines", args.scratch / f"{contender}.log"
     lines.unlink(missing_ok=True)
     started = time.time()
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as cold, log.open("w") as output:
         caches = {n: f"{cold}/{n}" for n in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")}
         command = [sys.executable, __file__, *argv, "--worker", contender, "--limit", str(limit)]
-        settings: dict[str, Any] = {"env": os.environ | caches, "timeout": limit}
-        settings |= {"stdout": output, "stderr": subprocess.STDOUT}
-        try:
-            code = subprocess.run(command, **settings).returncode
-            ended = f"its process ended with {code}: {_tail(log)}"
-        except subprocess.TimeoutExpired:
-            ended = f"no result within {limit:.0f} s"
-    readings = [json.loads(ln) for ln in lines.read_text().splitlines()] if lines.exists() else []
-    for phase in wanted[len(readings) :]:
-        readings.append(phase | {"failure": ended})
+        settings: dict[str, Any] = {"env": os.environ | caches, "start_new_session": True}
+        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, **settings)
+        RUNNING.append(process)
+        while (ended := _ended(process, log, limit - (time.time() - started))) is None:
+            count = _publish_new(lines, count, mine, publish)
+        count = _publish_new(lines, count, mine, publish)
     print(f"{contender}: {time.time() - started:.0f} s", flush=True)
-    for reading in readings:
-        shown = ("phase", "batch", "tokens_per_s", "prefill_ms", "compile_s", "failure")
-        print("  ", {k: reading[k] for k in shown if k in reading}, flush=True)
-    mine = {k: getattr(args, k) for k in (*GROUP, "jobs", "date")} | {"contender": contender}
-    return [mine | reading for reading in readings]
+    if missing := [mine | phase | {"failure": ended} for phase in wanted[count:]]:
+        publish(missing)
+
+
+def _ended(process: subprocess.Popen, log: Path, left: float) -> str | None:
+    """Why there will be no more readings, None while there may be. Waits for a second."""
+    try:
+        return f"its process ended with {process.wait(timeout=1)}: {_tail(log)}"
+    except subprocess.TimeoutExpired:
+        if left > 0:
+            return None
+    kill(process)
+    return "no result in time"
+
+
+RUNNING: list[subprocess.Popen] = []
+
+
+def kill(process: subprocess.Popen) -> None:
+    """With the processes that compile for it."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+
+
+def stop(*_: object) -> None:
+    """Leave nothing running on the GPU when this process is told to end."""
+    for process in RUNNING:
+        if process.poll() is None:
+            kill(process)
+    os._exit(1)
+
+
+def _publish_new(lines: Path, count: int, mine: dict[str, Any], publish: Callable) -> int:
+    """Publish what a worker has written beyond its first ``count`` lines; how many there are."""
+    text = lines.read_text() if lines.exists() else ""
+    found = [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+    if found[count:]:
+        publish([mine | reading for reading in found[count:]])
+    return len(found)
 
 
 def _tail(log: Path) -> str:
@@ -386,11 +424,29 @@ def main(argv: list[str]) -> None:
         args.date = datetime.datetime.now(datetime.UTC).isoformat(timespec="minutes")
         args.device = torch.cuda.get_device_name(0) if torch.cuda.is_available() else "cpu"
         report["machines"][args.device] = machine() | {"date": args.date}
-        with ThreadPoolExecutor(args.jobs) as pool:
-            for done in as_completed([pool.submit(launch, args, argv, n) for n in args.names]):
-                report["readings"] = merge(report["readings"], done.result())
+        lock = threading.Lock()
+        signal.signal(signal.SIGTERM, stop)
+
+        def publish(readings: list[dict[str, Any]]) -> None:
+            shown = (
+                "contender",
+                "phase",
+                "batch",
+                "tokens_per_s",
+                "prefill_ms",
+                "compile_s",
+                "failure",
+            )
+            for reading in readings:
+                print("  ", {k: reading[k] for k in shown if k in reading}, flush=True)
+            with lock:
+                report["readings"] = merge(report["readings"], readings)
                 compare(report["readings"], vars(args), partial(_logits_path, args))
                 write(args, report)
+
+        with ThreadPoolExecutor(args.jobs) as pool:
+            for done in [pool.submit(launch, args, argv, n, publish) for n in args.names]:
+                done.result()
     write(args, report)
     draw(args, report)
     print(page(report))

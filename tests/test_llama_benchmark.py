@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import json
+import time
 import operator
 import sys
 from pathlib import Path
@@ -316,3 +317,26 @@ def test_curves_are_geometric_means_of_the_fastest_kernels(report):
         base | {"failure": "out of memory", "m": 64},
     ]
     assert report.curves(records) == {"int8dq": [(1, 0.5), (16, pytest.approx(4.0))]}
+
+
+def test_readings_are_published_as_they_come_and_a_late_process_is_ended(
+    llama, tmp_path, monkeypatch
+):
+    script = tmp_path / "worker.py"
+    script.write_text(
+        "import json, pathlib, sys, time\n"
+        "line = json.dumps({'phase': 'decode', 'batch': 1, 'tokens_per_s': 2.0})\n"
+        f"pathlib.Path({str(tmp_path / 'bf16.lines')!r}).write_text(line + chr(10) + '{{\"half')\n"
+        "time.sleep(60)\n"
+    )
+    monkeypatch.setattr(llama, "__file__", str(script))
+    args = llama.parse(["--batch", "1,2", "--prefill", "0", "--scratch", str(tmp_path)])
+    args.limit, args.deadline, args.date, args.device = 3.0, time.time() + 60, "now", "cpu"
+    published = []
+    started = time.time()
+    llama.launch(args, [], "bf16", published.append)
+    assert time.time() - started < 20
+    first, missing = published
+    assert first[0]["tokens_per_s"] == 2.0 and first[0]["contender"] == "bf16"
+    assert [r["batch"] for r in missing] == [2] and missing[0]["failure"] == "no result in time"
+    assert llama.RUNNING[-1].wait(timeout=10) == -9
