@@ -307,7 +307,7 @@ def launch(
         settings: dict[str, Any] = {"env": os.environ | caches, "start_new_session": True}
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, **settings)
         RUNNING.append(process)
-        while (ended := _ended(process, log, limit - (time.time() - started))) is None:
+        while (ended := _ended(process, log, started, limit)) is None:
             count = _publish_new(lines, count, mine, publish)
         count = _publish_new(lines, count, mine, publish)
     print(f"{contender}: {time.time() - started:.0f} s", flush=True)
@@ -315,15 +315,15 @@ def launch(
         publish(missing)
 
 
-def _ended(process: subprocess.Popen, log: Path, left: float) -> str | None:
+def _ended(process: subprocess.Popen, log: Path, started: float, limit: float) -> str | None:
     """Why there will be no more readings, None while there may be. Waits for a second."""
     try:
         return f"its process ended with {process.wait(timeout=1)}: {_tail(log)}"
     except subprocess.TimeoutExpired:
-        if left > 0:
+        if time.time() - started < limit:
             return None
     kill(process)
-    return "no result in time"
+    return f"no result within {limit:.0f} s"
 
 
 RUNNING: list[subprocess.Popen] = []
