@@ -2,12 +2,12 @@
 
 from . import lowering, passes  # noqa: F401
 from .backend import compile
+from .calibration import Calibration, Stats, calibrate
 from .capture import trace
 from .config import Config
 from .conversion import quantize
 from .errors import FxQuantError
 from .modules import QuantLinear
-from .observers import observed
 from .recipe import Recipe, Rule
 from .report import Report, explain
 from .scheme import SCHEMES, QuantSpec, Scheme, get_scheme
@@ -18,6 +18,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "SCHEMES",
+    "Calibration",
     "Config",
     "FxQuantError",
     "QuantLinear",
@@ -26,11 +27,12 @@ __all__ = [
     "Report",
     "Rule",
     "Scheme",
+    "Stats",
+    "calibrate",
     "compile",
     "explain",
     "get_scheme",
     "invalidate",
-    "observed",
     "passes",
     "quantize",
     "trace",

@@ -131,3 +131,45 @@ class NoKernel(FxQuantError, RuntimeError):
 
 class BuildFailed(FxQuantError, RuntimeError):
     message = "the native kernels could not be built with {compiler}: {output}"
+
+
+class NonFiniteActivation(FxQuantError, ValueError):
+    message = (
+        "{layer}: a batch of activations of shape {shape} holds a NaN or an infinity, or a value "
+        "whose sum overflows, in channel {channel}; nothing of it was counted; leave the batch "
+        "out, or find the layer before it that overflows (float16 does, above 65504)"
+    )
+
+
+class NoCalibrationData(FxQuantError, ValueError):
+    message = (
+        "{layer}: {solver} works on the inputs of this layer, and not one token of them was seen; "
+        "calibrate with batches that reach it, or solve it with one of {choices}"
+    )
+
+
+class UnsolvableHessian(FxQuantError, RuntimeError):
+    message = (
+        "{layer}: the Hessian of {tokens} tokens has no Cholesky factor, not even with a relative "
+        "damping of {damping}: {reason}; calibrate with more tokens, gather them in float64, or "
+        "solve the layer without data"
+    )
+
+
+class UnsupportedSpec(FxQuantError, ValueError):
+    message = "{layer}: {solver} cannot solve {spec}: {reason}"
+
+
+class EmptyObserver(FxQuantError, ValueError):
+    message = "nothing was observed; run batches through the observed model first"
+
+
+class NonFiniteStatistics(FxQuantError, ValueError):
+    message = (
+        "{name}: its values hold a NaN or an infinity, in batch {batch}; statistics of them would be "
+        "worthless; leave the batch out, or find the layer before it that overflows"
+    )
+
+
+class NothingObserved(FxQuantError, ValueError):
+    message = "no batch reached a linear that the recipe quantizes: {reason}"

@@ -27,6 +27,7 @@ __all__ = [
     "FakeTensor",
     "FakeTensorMode",
     "HigherOrderOperator",
+    "calling",
     "compile_graph",
     "emit_artifact",
     "example_values",
@@ -237,3 +238,14 @@ def emit_artifact(name: str, text: Callable[[], str]) -> None:
     trace_structured(
         "artifact", metadata_fn=lambda: {"name": name, "encoding": "string"}, payload_fn=text
     )
+
+
+@contextmanager
+def calling(module: torch.nn.Module, backend: Callable[..., Any]) -> Iterator[None]:
+    """Within, calls of ``module`` run what ``backend`` makes of its graphs."""
+    before = module._compiled_call_impl
+    module.compile(backend=backend)
+    try:
+        yield
+    finally:
+        module._compiled_call_impl = before

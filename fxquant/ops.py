@@ -127,8 +127,8 @@ def _linear_fake(x, codes, scale, zero, bias, scheme, epilogue):
 
 @define("observe(Tensor x, str name) -> Tensor")
 def observe(x: torch.Tensor, name: str) -> torch.Tensor:
-    """A copy of ``x``; running it updates the observer called ``name``."""
-    observers.update(name, x)
+    """A copy of ``x``, which is sent to whoever collects values (``observers.collecting``)."""
+    observers.send(name, x)
     return x.clone()
 
 

@@ -14,7 +14,7 @@ ops = torch.ops.fxquant
 
 @rewrites("float", ensures="observed")
 def insert_observers(gm: fx.GraphModule) -> bool:
-    """The input of each linear passes an observer called ``<layer>:input``."""
+    """The input of each linear passes an ``observe`` node named ``<layer>:input``."""
     linears = gm.graph.find_nodes(op="call_function", target=aten.linear.default)
     for node in linears:
         with gm.graph.inserting_before(node):

@@ -1,0 +1,147 @@
+"""calibrate(): statistics of any model by layer name, from any batches, compiled or not."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+from torch import nn
+
+import fxquant
+from fxquant import Stats
+
+from .conftest import MLP, Block
+
+
+@pytest.fixture(autouse=True)
+def _fresh():
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["observed", "compiled"])
+@torch.no_grad()
+def test_ranges_are_those_of_the_float_model(compiled):
+    model = MLP().requires_grad_(False)
+    data = [torch.randn(n, 64) * s for n, s in ((5, 1.0), (5, 3.0), (9, 0.5))]
+    stats = fxquant.calibrate(model, data, compiled=compiled, progress=False)
+    hidden = [nn.functional.gelu(model.up(x)) for x in data]
+    assert set(stats) == {"up:input", "down:input"} and not stats.missed
+    for name, seen in (("up:input", data), ("down:input", hidden)):
+        whole = torch.cat(seen)
+        low, high = stats[name]["minmax"].range()
+        torch.testing.assert_close((low, high), (whole.min(), whole.max()), rtol=1e-6, atol=1e-7)
+        torch.testing.assert_close(stats[name]["channel"].absmax, whole.abs().amax(0))
+        assert stats[name]["minmax"].batches == 3
+    assert "down:input" in str(stats)
+    x = data[0]
+    assert model._compiled_call_impl is None and torch.equal(model(x), model.down(hidden[0]))
+
+
+class Keyworded(nn.Module):
+    """Takes keywords, breaks the graph, uses a layer twice, one never, and returns no tensor."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(16, 16)
+        self.second = nn.Linear(16, 16)
+        self.never = nn.Linear(16, 16)
+
+    def forward(self, x, scale=1.0):
+        y = self.first(x * scale)
+        torch._dynamo.graph_break()
+        return {"y": self.second(self.second(y)), "name": "a text"}
+
+
+def test_keywords_graph_breaks_and_layers_never_reached(caplog):
+    model = Keyworded().requires_grad_(False)
+    x = torch.randn(3, 16)
+    with caplog.at_level(logging.WARNING, "fxquant"):
+        stats = fxquant.calibrate(
+            model, [{"x": x, "scale": 2.0}], "int8dq", compiled=False, progress=False
+        )
+    assert set(stats) == {"first:input", "second:input"}
+    assert stats["first:input"]["minmax"].range()[1] == (2 * x).max()
+    assert stats["second:input"]["minmax"].batches == 2
+    assert stats.missed == ["never"] and "never" in caplog.text
+
+
+def test_a_data_loader_of_ragged_tuples_and_a_recipe():
+    model = Block().requires_grad_(False)
+    data = [(torch.randn(1, n, 64),) for n in (3, 7, 4, 9)]
+    loader = torch.utils.data.DataLoader(data, batch_size=None)
+    recipe = {"re:[qkv]": "int8dq", "*": None}
+    stats = fxquant.calibrate(
+        model, loader, recipe=recipe, kinds={"input": ["token"]}, compiled=False, progress=False
+    )
+    assert set(stats) == {"q:input", "k:input", "v:input"}
+    assert stats["q:input"]["token"].tokens == 23
+
+
+def test_around_a_loop_of_the_users_own():
+    model = MLP().requires_grad_(False)
+    x = torch.randn(2, 64)
+    with fxquant.Calibration(model, kinds={"input": ["histogram"]}, compiled=False) as stats:
+        for _ in range(3):
+            with torch.no_grad():
+                y = model(x)
+            x = y[:, :1].expand(2, 64).contiguous()
+    assert stats["up:input"]["histogram"].batches == 3
+    before = stats["up:input"]["histogram"].batches
+    model(torch.randn(2, 64))
+    assert stats["up:input"]["histogram"].batches == before, "the model is as it was"
+
+
+def test_two_processes_merged_saved_and_loaded(tmp_path):
+    model = MLP().requires_grad_(False)
+    kinds = {"input": ["minmax", "channel", "histogram", "moving_average", "token"]}
+    data = [torch.randn(4, 64) * s for s in (1.0, 2.0, 0.1, 5.0)]
+
+    def run(part):
+        return fxquant.calibrate(model, part, kinds=kinds, compiled=False, progress=False)
+
+    whole, first, second = run(data), run(data[:1]), run(data[1:])
+    second.save(tmp_path / "second.safetensors")
+    first.merge(Stats.load(tmp_path / "second.safetensors"))
+    assert set(first) == set(whole)
+    for name in whole:
+        for kind in ("minmax", "channel", "histogram"):
+            a, b = first[name][kind], whole[name][kind]
+            assert torch.equal(a.low, b.low) and torch.equal(a.high, b.high)
+        assert torch.equal(first[name]["histogram"].counts, whole[name]["histogram"].counts)
+    first.save(tmp_path / "first.safetensors")
+    assert str(Stats.load(tmp_path / "first.safetensors")) == str(first)
+
+
+def test_bad_input_is_named(tmp_path):
+    model = MLP().requires_grad_(False)
+    quiet = {"compiled": False, "progress": False}
+    with pytest.raises(fxquant.FxQuantError, match="there was no batch"):
+        fxquant.calibrate(model, [], **quiet)
+    bad = torch.randn(2, 64)
+    bad[1, 3] = torch.nan
+    with pytest.raises(fxquant.FxQuantError, match=r"up:input.*NaN.*batch 2"):
+        fxquant.calibrate(model, [torch.randn(2, 64), bad], **quiet)
+    with pytest.raises(fxquant.FxQuantError, match="no batch reached"):
+        fxquant.calibrate(nn.Sequential(nn.ReLU()), [torch.randn(2, 64)], **quiet)
+    with pytest.raises(fxquant.FxQuantError, match="minmaxx"):
+        fxquant.calibrate(model, [bad], kinds={"input": ["minmaxx"]}, **quiet)
+    with pytest.raises(fxquant.FxQuantError, match="unknown scheme"):
+        fxquant.calibrate(model, [bad], "int9", **quiet)
+    with pytest.raises(fxquant.FxQuantError, match="only one of them"):
+        fxquant.calibrate(model, [bad], "int8dq", recipe={"*": "int8dq"}, **quiet)
+    other = tmp_path / "other.safetensors"
+    from safetensors.torch import save_file
+
+    save_file({"a": torch.ones(1)}, other)
+    with pytest.raises(fxquant.FxQuantError, match="fxquant-stats"):
+        Stats.load(other)
+
+
+def test_an_error_of_the_users_code_passes_through_and_the_model_is_as_it_was():
+    model = MLP()
+    with pytest.raises(ZeroDivisionError), fxquant.Calibration(model, compiled=False):
+        1 / 0  # noqa: B018
+    assert model._compiled_call_impl is None
