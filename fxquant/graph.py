@@ -315,8 +315,9 @@ def calls_of(
 
 
 def _after_body(node: fx.Node) -> list[Any]:
-    last = max(i for i, a in enumerate(node.args) if isinstance(a, fx.Node) and a.op == "get_attr")
-    return list(node.args[last + 1 :])
+    is_get_attr = (isinstance(a, fx.Node) and a.op == "get_attr" for a in node.args)
+    body = next(i for i, found in enumerate(is_get_attr) if found)  # operands may be get_attr too
+    return list(node.args[body + 1 :])
 
 
 OPERANDS: dict[str, Callable[[fx.Node], list[Any]]] = {

@@ -13,10 +13,12 @@ from torch import fx
 from torch._dynamo.source import ConstantSource
 from torch._guards import TracingContext, tracing
 from torch._inductor import config as inductor_config
-from torch._inductor import list_mode_options
+from torch._inductor import custom_graph_pass, list_mode_options
 from torch._inductor.compile_fx import compile_fx
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._inductor.decomposition import select_decomp_table
+from torch._inductor.dependencies import MemoryDep
+from torch._inductor.scheduler import FusedSchedulerNode, SchedulerNode
 from torch._logging import trace_structured
 from torch._ops import HigherOrderOperator
 from torch._subclasses import FakeTensor, FakeTensorMode
@@ -43,6 +45,9 @@ __all__ = [
     "tree_leaves",
     "tree_map",
 ]
+
+_InferenceAware: Any = getattr(custom_graph_pass, "CustomInferenceAwareGraphPass", CustomGraphPass)
+_SchedulerPass: Any = getattr(custom_graph_pass, "CustomSchedulerPass", object)
 
 
 class _KeepMeta(fx.Interpreter):
@@ -169,34 +174,84 @@ def inductor_options() -> frozenset[str]:
     return frozenset(inductor_config.get_config_copy())
 
 
-OVERLAP = "triton.enable_pdl"
-"""Inductor's setting for kernels that start before the one ahead has ended; Hopper and newer only."""
-
-
-class _Expansion(CustomGraphPass):
-    """``expand``, where lowering asks for it, before Inductor fuses; then the user's own pass.
+class _Expansion(_InferenceAware):
+    """``expand``, where lowering asks for it, before Inductor fuses; then the user's own passes.
 
     Its uuid puts fxquant's sources and configuration into Inductor's cache key.
     """
 
-    def __init__(self, expand: Any, overlap: bool, tag: str, after: Any):
+    def __init__(self, expand: Any, tag: str, after: Any):
         self.expand = expand
-        self.overlap = overlap
+        self.after = _listed(after)
+        self.tag = tag
+
+    def __call__(self, graph: fx.Graph, is_inference: bool = False) -> None:
+        if self.expand is not None:
+            self.expand(graph)
+        for one in self.after:
+            aware = _InferenceAware is not CustomGraphPass and isinstance(one, _InferenceAware)
+            one(graph, is_inference) if aware else one(graph)
+
+    def uuid(self) -> Any:
+        return _uuid(self.tag, self.after)
+
+
+def _listed(passes: Any) -> list[Any]:
+    if passes is None:
+        return []
+    return list(passes) if isinstance(passes, list | tuple) else [passes]
+
+
+def _uuid(tag: str, passes: Sequence[Any]) -> Any:
+    """None, which keeps the graph out of the cache, where a user's pass has no uuid."""
+    theirs = [p.uuid() if hasattr(p, "uuid") else None for p in passes]
+    return None if None in theirs else (tag, *theirs)
+
+
+OVERLAP = "triton.enable_pdl"
+"""Inductor's setting for kernels that start before the one ahead of them has ended (programmatic
+dependent launch, on Hopper and newer)."""
+
+FUSED = "_post_fusion_custom_pass"
+
+
+class _Overlap(_SchedulerPass):
+    """Takes ``OVERLAP`` back where a kernel reads nothing.
+
+    Inductor's kernels wait for the one ahead with their first load. One that loads nothing (a mask
+    made of positions) would not wait, and what follows would wait for the wrong kernel. A kernel
+    that is generated with the setting off is launched as ever, after everything before it.
+    """
+
+    def __init__(self, tag: str, after: Any):
         self.after = after
         self.tag = tag
 
-    def __call__(self, graph: fx.Graph) -> None:
-        if self.expand is not None and self.expand(graph) and self.overlap:
-            inductor_config.triton.enable_pdl = True  # until the patches of this compile end
+    def __call__(self, nodes: list[Any]) -> list[Any]:
         if self.after is not None:
-            self.after(graph)
+            nodes = self.after(nodes)
+        if not all(map(_reads, nodes)):
+            inductor_config.triton.enable_pdl = False  # until the patches of this compile end
+        return nodes
 
     def uuid(self) -> Any:
-        """None, which keeps the graph out of the cache, where the user's pass has no uuid."""
-        if self.after is None:
-            return self.tag
-        theirs = self.after.uuid() if isinstance(self.after, CustomGraphPass) else None
-        return theirs and (self.tag, theirs)
+        return _uuid(self.tag, _listed(self.after))
+
+
+def _reads(node: Any) -> bool:
+    """Whether a scheduled node is a kernel that loads something, or none of Inductor's own."""
+    if not isinstance(node, SchedulerNode | FusedSchedulerNode):
+        return True
+    return any(isinstance(dependency, MemoryDep) for dependency in node.read_writes.reads)
+
+
+def _overlapping(patches: dict[str, Any], tag: str) -> dict[str, Any]:
+    """The settings with which kernels overlap; none where the user has decided, here or for the whole
+    process, or where torch cannot be asked which kernels there are."""
+    decided = OVERLAP in patches or OVERLAP not in inductor_options()
+    if decided or inductor_config.triton.enable_pdl or _SchedulerPass is object:
+        return {}
+    return {OVERLAP: True, FUSED: _Overlap(tag, patches.get(FUSED))}
 
 
 def compile_graph(
@@ -212,10 +267,9 @@ def compile_graph(
     ``origin`` is the Dynamo graph that ``gm`` was made from: what AOTAutograd looks up on a graph
     from Dynamo is carried over.
     """
-    hook = "post_grad_custom_pre_pass"
-    overlap = OVERLAP in inductor_options() and OVERLAP not in patches
-    expansion = _Expansion(gm.meta.get("fxquant_expand"), overlap, tag, patches.get(hook))
-    patches = {**patches, hook: expansion} | ({OVERLAP: False} if overlap else {})
+    hook, expand = "post_grad_custom_pre_pass", gm.meta.get("fxquant_expand")
+    overlap = _overlapping(patches, tag) if expand is not None else {}
+    patches = {**patches, hook: _Expansion(expand, tag, patches.get(hook)), **overlap}
     gm.meta.update({k: copy.copy(v) for k, v in origin.meta.items() if k not in gm.meta})
     if hasattr(origin, "_param_name_to_source"):
         # every parameter is a placeholder; constants that tracing made inside of bodies are left

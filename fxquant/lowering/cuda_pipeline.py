@@ -82,7 +82,7 @@ class Cut(NamedTuple):
     @property
     def equal_registers(self) -> int:
         """Of each thread when the kernel starts: a part of a scheduler's 512."""
-        return min(512 // ((self.warpgroups + 1) * self.blocks) // 8 * 8, 248)
+        return min(512 // ((self.warpgroups + 1) * self.blocks) // 8 * 8, 240)
 
     @property
     def registers(self) -> int:

@@ -84,10 +84,8 @@ def _not_chosen(usable: list[Kernel], chosen: list[Kernel]) -> dict[str, str]:
 
 
 def _tuned(problem: Problem, usable: list[Kernel]) -> list[tuple[Kernel, int]]:
-    """The measured steps for this shape, if every kernel of them can be used here."""
-    scheme = problem.scheme
-    steps = tuned_kernels(problem.device.name, scheme.name, scheme.family, problem.n, problem.k)
-    known = {k.name: k for k in usable}
-    if any(name not in known for name, _ in steps):
-        return []
-    return [(known[name], first) for name, first in steps]
+    """The measured steps for this shape, those left out whose kernel cannot be used here."""
+    scheme, known = problem.scheme, {k.name: k for k in usable}
+    measured = tuned_kernels(problem.device.name, scheme.name, scheme.family, problem.n, problem.k)
+    steps = [(known[name], first) for name, first in measured if name in known]
+    return [(kernel, first if i else 0) for i, (kernel, first) in enumerate(steps)]

@@ -6,7 +6,7 @@ overrides it entry by entry::
     {"versions": {...},
      "kernels": {"int8dq 4096x14336": [["cuda_w8a8", 0], ["triton_w8a8", 65]]},
      "shapes": {"int8dq 4096x14336": [[1, [1, 8, 2, 1, 128, 4]], [9, [...]]]},
-     "pipelines": {"int4wo-64 4096x14336": [[33, [4, 1, 64, 128, 4, 1]]]}}
+     "pipelines": {"int4wo-64 4096x14336": [[33, [4, 1, 64, 128, 4, 1, 1]]]}}
 
 Keys are ``<scheme> <n>x<k>``; each step is valid from its number of rows to the next one's.
 """

@@ -7,6 +7,7 @@ from typing import Any
 
 from ..recipe import Recipe
 from .base import Pass, rewrites
+from .equalization import equalize
 from .folding import fold_qparams
 from .fusion import fuse
 from .lowering import lower
@@ -37,6 +38,7 @@ def pipeline(recipe: Any, *, strict: bool = False) -> list[tuple[str, Pass]]:
 __all__ = [
     "PIPELINE",
     "Pass",
+    "equalize",
     "fold_qparams",
     "fuse",
     "insert_observers",

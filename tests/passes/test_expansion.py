@@ -1,10 +1,14 @@
 """expand: quantized activations are one node for AOTAutograd, and plain ops for Inductor."""
 
+import functools
+
 import pytest
 import torch
+from torch._inductor import config
 from torch._inductor.utils import run_and_get_code
 
 import fxquant
+from fxquant import inductor
 
 
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
@@ -33,25 +37,70 @@ def test_the_users_own_pass_runs_after_it():
     assert seen and not any("fxquant.quantize" in target for target in seen)
 
 
-def test_kernels_overlap_unless_one_would_read_nothing():
-    """The switch is on for Inductor's code generation, as the user sets it, and off again afterwards."""
-    from torch._inductor import config
+MADE_OF_NOTHING = {
+    "filled": lambda y: torch.full((3,), 2.0),
+    "positions": lambda y: torch.arange(64) * 2,
+    "triangle": lambda y: torch.ones(8, 8, dtype=torch.bool).tril(),
+    "mask": lambda y: torch.bmm(
+        y[None], (torch.arange(64)[None] <= torch.arange(64)[:, None]).float()[None]
+    ),
+    "chain": lambda y: functools.reduce(
+        lambda i, _: (i * 1.5).sin() + 0.25, range(30), torch.arange(64.0)
+    ),
+    "region": lambda y: (
+        torch.full((3,), 2.0),
+        torch.cond(y.sum() > 0, torch.sin, torch.cos, (y,)),
+    ),
+}
 
-    class Model(torch.nn.Module):
-        def __init__(self, fill):
-            super().__init__()
-            self.linear = torch.nn.Linear(64, 64)
-            self.fill = fill
 
-        def forward(self, x):
-            y = self.linear(x) + torch.arange(64, device=x.device)
-            return (y, torch.full((3,), 2.0)) if self.fill else y
+class Model(torch.nn.Module):
+    def __init__(self, extra):
+        super().__init__()
+        self.linear = torch.nn.Linear(64, 64)
+        self.extra = extra
 
+    def forward(self, x):
+        y = self.linear(x) + torch.arange(64)
+        return y, self.extra(y)
+
+
+def overlap(monkeypatch, extra, **options):
+    """The setting, after each graph's kernels are known and before they are generated."""
+    seen, check = [], inductor._Overlap.__call__
+
+    def spied(self, nodes):
+        nodes = check(self, nodes)
+        seen.append(config.triton.enable_pdl)
+        return nodes
+
+    monkeypatch.setattr(inductor._Overlap, "__call__", spied)
+    torch.compiler.reset()
+    with torch.no_grad():
+        fxquant.compile(Model(extra), "int8wo", inductor=options)(torch.randn(3, 64))
+    assert not config.triton.enable_pdl, "as it was"
+    return seen
+
+
+def test_kernels_overlap_where_all_of_them_read_something(monkeypatch):
+    assert overlap(monkeypatch, torch.relu) == [True]
+
+
+@pytest.mark.parametrize("extra", MADE_OF_NOTHING)
+def test_kernels_do_not_overlap_where_one_reads_nothing(monkeypatch, extra):
+    seen = overlap(monkeypatch, MADE_OF_NOTHING[extra])
+    assert seen and not seen[-1], "the graph itself comes last, its regions before it"
+
+
+def test_who_sets_the_overlap_decides(monkeypatch):
+    assert overlap(monkeypatch, torch.relu, **{"triton.enable_pdl": False}) == []
+
+
+def test_the_users_passes_may_be_a_list_and_see_the_scheduler(monkeypatch):
     seen = []
-    hook = {"post_grad_custom_post_pass": lambda graph: seen.append(config.triton.enable_pdl)}
-    for fill, given in [(False, {}), (True, {}), (False, {"triton.enable_pdl": False})]:
-        torch.compiler.reset()
-        with torch.no_grad():
-            fxquant.compile(Model(fill), "int8wo", inductor=hook | given)(torch.randn(3, 64))
-    assert seen == [True, False, False]
-    assert not config.triton.enable_pdl
+    options = {
+        "post_grad_custom_pre_pass": [lambda graph: seen.append("graph")],
+        "_post_fusion_custom_pass": lambda nodes: seen.append("nodes") or nodes,
+    }
+    assert overlap(monkeypatch, torch.relu, **options) == [True]
+    assert seen == ["graph", "nodes"]

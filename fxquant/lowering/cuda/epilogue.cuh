@@ -13,12 +13,19 @@ __device__ __forceinline__ float bias_at(const void* bias, int n) {
   return BIAS_TYPE == 3 ? static_cast<const float*>(bias)[n] : widen(static_cast<const u16*>(bias)[n], BIAS_TYPE);
 }
 
+constexpr bool SCALED = !GROUPED || X_BITS == 16;  // by one scale a channel, after the sum
+
+__device__ __forceinline__ float finish(float y, float x_scale, float x_zero, float w_scale, float w_sum, float bias) {
+  if (X_ZERO) y -= x_zero * w_sum;
+  if (X_BITS == 8) y *= x_scale;
+  if (SCALED) y *= w_scale;
+  return activate(y + bias);
+}
+
 template <class Arguments>
-__device__ __forceinline__ float finish(const Arguments& p, float y, int m, int n) {
-  if (X_ZERO) y -= p.x_zero[m] * p.w_sum[n];
-  if (X_BITS == 8) y *= p.x_scale[m];
-  if (!GROUPED || X_BITS == 16) y *= p.w_scale[n] * SUM_FACTOR;
-  return activate(y + bias_at(p.bias, n));
+__device__ __forceinline__ float finish_at(const Arguments& p, float y, int m, int n) {
+  return finish(y, X_BITS == 8 ? p.x_scale[m] : 1.0f, X_ZERO ? p.x_zero[m] : 0.0f,
+                SCALED ? p.w_scale[n] * SUM_FACTOR : 1.0f, X_ZERO ? p.w_sum[n] : 0.0f, bias_at(p.bias, n));
 }
 
 // Where in the cluster's memory another block has what this one has at the same place

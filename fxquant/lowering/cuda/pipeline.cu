@@ -23,10 +23,12 @@ struct Arguments {
 // A fourth of the registers belongs to each scheduler of a multiprocessor, which has a warp of every
 // group. The fetching group needs few: the others get its share.
 constexpr int GROUPS = WARPS_N / 4 + 1;
-constexpr int REGISTERS = 512 / (GROUPS * BLOCKS) / 8 * 8 < 248 ? 512 / (GROUPS * BLOCKS) / 8 * 8 : 248;
+constexpr int REGISTERS = 512 / (GROUPS * BLOCKS) / 8 * 8 < 240 ? 512 / (GROUPS * BLOCKS) / 8 * 8 : 240;
 constexpr int FETCH_REGISTERS = 40;
 constexpr int SHARE = (REGISTERS * GROUPS - FETCH_REGISTERS) / (GROUPS - 1) / 8 * 8;
 constexpr int MULTIPLY_REGISTERS = SHARE < 240 ? SHARE : 240;
+static_assert(Y_TYPE == 1 || Y_TYPE == 2, "y has 16 bits");
+
 constexpr int TILES = WARPS_N * ROW_TILES;
 constexpr int CONSUMERS = THREADS;
 constexpr int BAND = 16;  // token tiles that are walked before the next channels: their x stays in L2
@@ -131,15 +133,15 @@ __device__ __forceinline__ void write(const Arguments& p, u32 part, int2 at, int
   const int group = warp / 4, in_group = warp % 4 * 32 + lane;
   const int first_token = at.y * TOKENS;
   const int group_n = (at.x * TILES + group * 4 * ROW_TILES) * 16;
-  float scale[ROW_TILES][2], shift[ROW_TILES][2], w_sum[ROW_TILES][2];
+  float scale[ROW_TILES][2], bias[ROW_TILES][2], w_sum[ROW_TILES][2];
 #pragma unroll
   for (int r = 0; r < ROW_TILES; ++r)
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int n = min(group_n + (warp % 4 * ROW_TILES + r) * 16 + lane / 4 + 8 * half, p.n - 1);
-      scale[r][half] = !GROUPED || X_BITS == 16 ? p.w_scale[n] * SUM_FACTOR : 1.0f;
+      scale[r][half] = SCALED ? p.w_scale[n] * SUM_FACTOR : 1.0f;
       w_sum[r][half] = X_ZERO ? p.w_sum[n] : 0.0f;
-      shift[r][half] = bias_at(p.bias, n);
+      bias[r][half] = bias_at(p.bias, n);
     }
 #pragma unroll
   for (int first = 0; first < TOKENS; first += PART) {
@@ -163,10 +165,8 @@ __device__ __forceinline__ void write(const Arguments& p, u32 part, int2 at, int
           float y[2];
 #pragma unroll
           for (int t = 0; t < 2; ++t) {
-            y[t] = sums[r][j + i / 2][2 * half + t];
-            if (X_ZERO) y[t] -= x_zero[i / 2][t] * w_sum[r][half];
-            if (X_BITS == 8) y[t] *= x_scale[i / 2][t];
-            y[t] = activate(y[t] * scale[r][half] + shift[r][half]);
+            const float sum = sums[r][j + i / 2][2 * half + t];
+            y[t] = finish(sum, x_scale[i / 2][t], x_zero[i / 2][t], scale[r][half], w_sum[r][half], bias[r][half]);
           }
           pair[i] = narrow(y[0], Y_TYPE) | static_cast<u32>(narrow(y[1], Y_TYPE)) << 16;
         }
@@ -232,7 +232,7 @@ __device__ __forceinline__ void reduce(const Arguments& p, u32 memory, int2 at, 
     u16* to = p.y + static_cast<u64>(m) * p.n + n;
     u16 y[4];
 #pragma unroll
-    for (int c = 0; c < 4; ++c) y[c] = narrow(finish(p, sum[c], m, min(n + c, p.n - 1)), Y_TYPE);
+    for (int c = 0; c < 4; ++c) y[c] = narrow(finish_at(p, sum[c], m, min(n + c, p.n - 1)), Y_TYPE);
     if (p.n % 4 == 0) {
       *reinterpret_cast<uint2*>(to) = make_uint2(y[0] | static_cast<u32>(y[1]) << 16, y[2] | static_cast<u32>(y[3]) << 16);
     } else {

@@ -140,7 +140,7 @@ extern "C" __global__ void __cluster_dims__(1, 1, SPLITS) __launch_bounds__(THRE
       Sum* from = &parts[(part % WARPS_K * COLUMNS + token) * PITCH + row];
       sum += SPLITS == 1 ? *from : as_sum(load_remote(shared_address(from), part / WARPS_K), from);
     }
-    const float y = finish(p, static_cast<float>(sum), m, n);
+    const float y = finish_at(p, static_cast<float>(sum), m, n);
     const u64 to = static_cast<u64>(m) * p.n + n;
     if (Y_TYPE == 3)
       static_cast<float*>(p.y)[to] = y;

@@ -1,0 +1,271 @@
+"""equalize: the outliers of activations move into the weights that read them (SmoothQuant).
+
+Xiao et al. 2023 (arXiv 2211.10438), equation 4: input channel j of a linear is divided by
+``s_j = max|X_j|**alpha / max|W_j|**(1 - alpha)``, its weights are multiplied by it, and the float model
+is what it was. Which linears share a scale and what takes up its inverse is read from the graph: from
+the input of a linear back through whatever leaves channels alone to a norm, a linear or a product. Where
+nothing can take it up, or something else reads the same value, the division is a node of its own.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+
+from ..errors import InvalidOption
+from ..graph import constants, emit, fake_mode, layer_of, layers, move_before, note, value
+from ..recipe import Recipe
+from ..scheme import get_scheme
+from .base import Pass
+
+aten = torch.ops.aten
+log = logging.getLogger("fxquant.passes")
+
+SAME_CHANNELS = frozenset(
+    {
+        aten.alias.default,
+        aten.clone.default,
+        aten.contiguous.default,
+        aten.detach.default,
+        aten.dropout.default,
+        aten._to_copy.default,
+        aten.to.dtype,
+        aten.to.dtype_layout,
+        aten.relu.default,  # relu(x / s) = relu(x) / s
+        aten.reshape.default,
+        aten.view.default,
+        aten._unsafe_view.default,
+        aten.unsqueeze.default,
+        aten.squeeze.dim,
+        aten.expand.default,
+        aten.slice.Tensor,
+    }
+)
+"""Ops that commute with a positive factor for each index of the last dimension, where they keep it."""
+
+
+@dataclass
+class Group:
+    """Linears that read the channels of one value. absorbs: (node, argument) of the parameters, along
+    whose first dimension the inverse goes; empty where nothing can take it up."""
+
+    root: fx.Node
+    linears: list[fx.Node] = field(default_factory=list)
+    absorbs: list[tuple[fx.Node, int]] = field(default_factory=list)
+
+    @property
+    def names(self) -> list[str]:
+        return list(dict.fromkeys(layer_of(node) for node in self.linears))
+
+
+def equalize(stats: Mapping[str, Any], alpha: Any = 0.5, recipe: Any = "int8dq") -> Pass:
+    """The pass that smooths every linear whose activations ``recipe`` quantizes.
+
+    stats: observers by ``<layer>:input`` (fxquant.Stats), of the kind "channel". alpha: how much of the
+    difficulty moves, 0 (none) to 1; or a mapping from layers' names to it, 0.5 where it has none. The
+    first name of a group decides. Layers without statistics stay as they are and are logged.
+    Raises InvalidOption for an alpha out of range.
+    """
+    rules = Recipe.of(recipe)
+    for one in alpha.values() if isinstance(alpha, Mapping) else (alpha,):
+        if not isinstance(one, int | float) or not 0.0 <= one <= 1.0:
+            raise InvalidOption(name="alpha", value=one, expected="a number from 0 to 1")
+
+    def rewrite(gm: fx.GraphModule) -> bool:
+        changed = False
+        for group in groups_of(gm):
+            if gm.meta.get("fxquant_body"):  # its constants would have nobody to feed them
+                log.warning("not equalized inside of a region: %s", ", ".join(group.names))
+                continue
+            if not any(_quantizes_input(gm, rules, name) for name in group.names):
+                continue
+            seen = [s for name in group.names if (s := stats.get(f"{name}:input"))]
+            seen = [found["channel"].absmax for found in seen if "channel" in found]
+            if not seen:
+                log.warning("not equalized for want of statistics: %s", ", ".join(group.names))
+                continue
+            own = alpha.get(group.names[0], 0.5) if isinstance(alpha, Mapping) else alpha
+            _smooth(gm, group, torch.stack([s.cpu() for s in seen]).amax(0), float(own))
+            changed = True
+        return changed
+
+    return Pass(rewrite, requires=("float", "observed"), name="equalize")
+
+
+def _quantizes_input(gm: fx.GraphModule, rules: Recipe, name: str) -> bool:
+    rule = rules.rule_for(layers(gm)[name])
+    return (
+        rule is not None and rule.scheme is not None and get_scheme(rule.scheme).input is not None
+    )
+
+
+def groups_of(gm: fx.GraphModule) -> list[Group]:
+    """The groups of ``gm``'s linears with constant weights, in the order of the graph."""
+    constant = constants(gm)
+    found: dict[fx.Node, Group] = {}
+    for node in gm.graph.find_nodes(op="call_function", target=aten.linear.default):
+        if node.args[1] in constant and node.args[0] not in constant:
+            root = _root(node.args[0])
+            found.setdefault(root, Group(root)).linears.append(node)
+    for group in found.values():
+        if _read_by_alone(group.root, set(group.linears)):
+            group.absorbs = _absorbers(group.root, constant)
+    return list(found.values())
+
+
+def _keeps_channels(node: fx.Node) -> bool:
+    if node.target not in SAME_CHANNELS:
+        return False
+    x = value(node.args[0])
+    if node.target is aten.slice.Tensor:
+        return node.args[1] not in (-1, x.dim() - 1) if len(node.args) > 1 else x.dim() > 1
+    if not x.is_floating_point() or not value(node).is_floating_point():
+        return False
+    same = x.dim() > 0 and value(node).dim() > 0 and value(node).shape[-1] == x.shape[-1]
+    return bool(same)
+
+
+def _root(node: fx.Node) -> fx.Node:
+    """The value whose channels ``node`` has."""
+    while _keeps_channels(node):
+        node = node.args[0]
+    return node
+
+
+def _read_by_alone(node: fx.Node, linears: set[fx.Node]) -> bool:
+    """Whether every use of ``node`` ends as the input of one of ``linears``."""
+    for user in node.users:
+        if user in linears:
+            if node in user.args[1:]:
+                return False
+        elif not (_keeps_channels(user) and _read_by_alone(user, linears)):
+            return False
+    return bool(node.users)
+
+
+def _absorbers(node: fx.Node, constant: Mapping[fx.Node, Any]) -> list[tuple[fx.Node, int]]:
+    """The parameters by which ``node``'s channels can be divided; none if there is no way."""
+    if node.op != "call_function":
+        return []
+    if node.target is aten.layer_norm.default:
+        return _all_constant(
+            node, [i for i in (2, 3) if len(node.args) > i], constant, vectors=True
+        )
+    if node.target is aten.rms_norm.default:
+        return _all_constant(node, [2] if len(node.args) > 2 else [], constant, vectors=True)
+    if node.target is aten.linear.default:
+        return _all_constant(node, [i for i in (1, 2) if len(node.args) > i], constant)
+    if node.target is aten.mul.Tensor:
+        channels = value(node).shape[-1]
+        for i in (0, 1):
+            vector = node.args[i] in constant and value(node.args[i]).shape == (channels,)
+            if vector:
+                return [(node, i)]
+        factors = [a for a in node.args[:2] if isinstance(a, fx.Node) and a not in constant]
+        ways = (_absorbers(_root(a), constant) for a in factors if _alone(a, node, channels))
+        return next(filter(None, ways), [])
+    return []
+
+
+def _alone(arg: fx.Node, user: fx.Node, channels: int) -> bool:
+    """Whether ``arg``, from its root on, goes nowhere but into ``user``, channel by channel."""
+    if value(arg).dim() == 0 or value(arg).shape[-1] != channels:
+        return False
+    node = _root(arg)
+    while node is not arg:
+        if len(node.users) != 1:
+            return False
+        (node,) = node.users
+    return list(arg.users) == [user] and user.args[:2].count(arg) == 1
+
+
+def _all_constant(
+    node: fx.Node, places: list[int], constant: Mapping[fx.Node, Any], vectors: bool = False
+) -> list[tuple[fx.Node, int]]:
+    """These arguments of ``node``, those that are None left out, if all others are parameters."""
+    given = [i for i in places if node.args[i] is not None]
+    if not given or given[0] != places[0]:  # a norm without a weight has nothing to divide
+        return []
+    if any(node.args[i] not in constant for i in given):
+        return []
+    if vectors and any(value(node.args[i]).dim() != 1 for i in given):
+        return []
+    return [(node, i) for i in given]
+
+
+def _smooth(gm: fx.GraphModule, group: Group, largest: torch.Tensor, alpha: float) -> None:
+    graph, first = gm.graph, group.linears[0]
+    anchor = min([*group.linears, *(node for node, _ in group.absorbs)])
+    for node in group.linears:
+        move_before(anchor, node.args[1])  # transposed or cast, it may come later
+    with graph.inserting_before(anchor):
+        x_max = _constant(gm, largest.float().to(value(first.args[1]).device), anchor)
+        weights = list(dict.fromkeys(n.args[1] for n in group.linears))
+        scale = _scale(graph, first, x_max, weights, alpha)
+    for node in group.linears:
+        with graph.inserting_before(node):
+            weight = node.args[1]
+            wide = emit(graph, node, aten.mul.Tensor, _float32(graph, node, weight), scale)
+            node.update_arg(1, emit(graph, node, aten.to.dtype, wide, value(weight).dtype))
+            note(node)["smoothed"] = alpha
+    for node, place in group.absorbs:
+        with graph.inserting_before(node):
+            node.update_arg(place, _divided(graph, node, node.args[place], scale))
+    if not group.absorbs:
+        for x in dict.fromkeys(n.args[0] for n in group.linears):
+            users = [n for n in group.linears if n.args[0] is x]
+            with graph.inserting_before(min(users)):
+                smaller = _divided(graph, min(users), x, scale)
+            for node in users:
+                node.update_arg(0, smaller)
+
+
+def _scale(
+    graph: fx.Graph, like: fx.Node, x_max: fx.Node, weights: list[fx.Node], alpha: float
+) -> fx.Node:
+    """s [K] in float32, 1 for channels that are zero throughout on either side."""
+
+    def op(target: Any, *args: Any) -> fx.Node:
+        return emit(graph, like, target, *args)
+
+    w_max = None
+    for weight in weights:
+        columns = op(aten.amax.default, op(aten.abs.default, _float32(graph, like, weight)), [0])
+        w_max = columns if w_max is None else op(aten.maximum.default, w_max, columns)
+    powered = op(aten.pow.Tensor_Scalar, x_max, alpha)
+    scale = op(aten.div.Tensor, powered, op(aten.pow.Tensor_Scalar, w_max, 1.0 - alpha))
+    used = op(aten.gt.Scalar, op(aten.minimum.default, x_max, w_max), 0.0)
+    return op(aten.where.ScalarOther, used, scale, 1.0)
+
+
+def _float32(graph: fx.Graph, like: fx.Node, node: fx.Node) -> fx.Node:
+    if value(node).dtype in (torch.float32, torch.float64):
+        return node
+    return emit(graph, like, aten.to.dtype, node, torch.float32)
+
+
+def _divided(graph: fx.Graph, like: fx.Node, node: fx.Node, scale: fx.Node) -> fx.Node:
+    """``node`` over the scale: its rows where it is a matrix of parameters, else its last dimension."""
+    val = value(node)
+    if like.target is aten.linear.default and node is like.args[1]:
+        scale = emit(graph, like, aten.unsqueeze.default, scale, 1)
+    small = emit(graph, like, aten.div.Tensor, _float32(graph, like, node), scale)
+    return (
+        small
+        if value(small).dtype == val.dtype
+        else emit(graph, like, aten.to.dtype, small, val.dtype)
+    )
+
+
+def _constant(gm: fx.GraphModule, tensor: torch.Tensor, like: fx.Node) -> fx.Node:
+    index = sum(name.startswith("smooth_") for name, _ in gm.named_buffers(recurse=False))
+    name = f"smooth_{index}"
+    gm.register_buffer(name, tensor)
+    node = gm.graph.get_attr(name)
+    node.meta["val"] = fake_mode(gm).from_tensor(tensor, static_shapes=True)
+    return node
