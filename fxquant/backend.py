@@ -40,7 +40,7 @@ def fxquant_backend(
 ) -> Callable[..., Any]:
     """Quantize the linears of a Dynamo graph and compile the result with Inductor.
 
-    options: ``scheme`` or ``recipe``, ``dump_dir``, ``strict``, ``inductor``. Raises the errors of
+    options: ``scheme`` or ``recipe``, ``stats`` and ``smooth``, ``dump_dir``, ``strict``, ``inductor``. Raises the errors of
     Config.of, GradRequired, UnusedRule, NonFiniteWeight, and NotQuantized under ``strict``;
     TorchDynamo wraps them in BackendCompilerFailed.
     """
@@ -139,7 +139,7 @@ def rewrite(
     dump.graph("captured", canonical)
     models = learn_names()
     recipe = config.recipe or _default_recipe(models)
-    _run_passes(canonical, recipe, config.strict, dump)
+    _run_passes(canonical, recipe, config, dump)
     found = layers(canonical)
     on_layers(found)
     dump.manifest(canonical, {"recipe": recipe.to_json(), "strict": config.strict})
@@ -153,9 +153,10 @@ def rewrite(
     return lift(canonical, found)
 
 
-def _run_passes(gm: fx.GraphModule, recipe: Recipe, strict: bool, dump: Dump) -> None:
+def _run_passes(gm: fx.GraphModule, recipe: Recipe, config: Config, dump: Dump) -> None:
     """A plain loop: torch.fx's PassManager would bury a named error under a nameless one."""
-    for name, one in pipeline(recipe, strict=strict):
+    decided = {"strict": config.strict, "stats": config.stats, "smooth": config.smooth}
+    for name, one in pipeline(recipe, **decided):
         started = time.perf_counter()
         one(gm)
         log.debug("%s: %.3f s", one, time.perf_counter() - started)
@@ -219,7 +220,8 @@ def _refuse_gradients(gm: fx.GraphModule, inputs: Sequence[Any]) -> None:
 def cache_tag(config: Config) -> str:
     """What Inductor's cache must distinguish: fxquant's sources and this compile's settings."""
     recipe = config.recipe.to_json() if config.recipe else ""
-    return f"{sources_hash()} {recipe}"
+    smooth = config.smooth if config.stats else None
+    return f"{sources_hash()} {recipe} {smooth}"
 
 
 def compile(
@@ -232,14 +234,20 @@ def compile(
     dynamic: bool | None = None,
     dump_dir: str | None = None,
     strict: bool = False,
+    stats: Any = None,
+    smooth: Any = None,
     inductor: Mapping[str, Any] | None = None,
 ) -> Callable[..., Any]:
     """``torch.compile(model, backend="fxquant")`` whose settings are checked now.
+
+    stats: what ``calibrate`` returned: activations that the scheme quantizes are smoothed with it
+    (SmoothQuant), ``smooth`` (0 to 1, 0.5 unless given) of the difficulty going to the weights.
 
     Raises UnknownScheme, InvalidRule, InvalidOption, UnknownOption; UnusedRule for a rule that
     matches no linear of ``model``; NothingQuantized for a model without one.
     """
     given = {"scheme": scheme, "recipe": recipe, "dump_dir": dump_dir, "inductor": inductor}
+    given |= {"stats": stats, "smooth": smooth}
     options = {k: v for k, v in given.items() if v is not None} | {"strict": strict}
     config = Config.of(options, mode)
     NAMES.add(model)

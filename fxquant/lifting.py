@@ -21,8 +21,9 @@ class Rewritten:
     """A graph at the lowered stage, and how to feed it.
 
     kept: positions of the original inputs that it still takes, in order. folded: the memoized
-    submodules with the positions of the parameters each is called with; their outputs follow.
-    constants: tensors that tracing made (a table of positions, say); they come last.
+    submodules with the positions of what each is called with, among the original inputs and, behind
+    them, the constants; their outputs follow. constants: tensors that tracing or a pass made (a table of
+    positions, say); they come last.
     """
 
     gm: fx.GraphModule
@@ -35,17 +36,20 @@ class Rewritten:
     def extras(self, args: Sequence[Any]) -> list[torch.Tensor]:
         """What the graph takes besides its original inputs, for a call with ``args``."""
 
-        def fold() -> list[torch.Tensor]:
-            return [t for module, where in self.folded for t in module(*[args[i] for i in where])]
+        given = [*args, *self.constants]
 
-        feeds = [args[i] for _, where in self.folded for i in where]
+        def fold() -> list[torch.Tensor]:
+            return [t for module, where in self.folded for t in module(*[given[i] for i in where])]
+
+        feeds = [given[i] for _, where in self.folded for i in where]
         return self.memo(feeds, fold) + self.constants
 
 
 def lift(gm: fx.GraphModule, found: dict[str, Layer]) -> Rewritten:
     """Folded submodules and constants become inputs, and parameters that only they read are dropped."""
     placeholders = gm.graph.find_nodes(op="placeholder")
-    position = {node: i for i, node in enumerate(placeholders)}
+    tensors = [n for n in gm.graph.find_nodes(op="get_attr") if _tensor(gm, n) is not None]
+    position = {node: i for i, node in enumerate([*placeholders, *tensors])}
     known = parameters(gm)
     folded: list[tuple[Folded, list[int]]] = []
     last = placeholders[-1]
@@ -62,15 +66,12 @@ def lift(gm: fx.GraphModule, found: dict[str, Layer]) -> Rewritten:
                 gm.graph.erase_node(outputs[i])
         gm.graph.erase_node(node)
         gm.delete_submodule(str(node.target))
-    constants = []
-    for node in gm.graph.find_nodes(op="get_attr"):
-        tensor = fetch(gm, str(node.target))
-        if isinstance(tensor, torch.Tensor):
-            constants.append(tensor)
-            with gm.graph.inserting_after(last):
-                last = gm.graph.placeholder(f"constant_{len(constants)}")
-            last.meta["val"] = node.meta["val"]
-            replace(node, last)
+    constants = [_tensor(gm, node) for node in tensors]
+    for i, node in enumerate(tensors):
+        with gm.graph.inserting_after(last):
+            last = gm.graph.placeholder(f"constant_{i + 1}")
+        last.meta["val"] = node.meta["val"]
+        replace(node, last)
     for name, _ in list(gm.named_buffers(recurse=False)):
         delattr(gm, name)  # or AOTAutograd would ask Dynamo where they come from
     kept = []
@@ -82,6 +83,12 @@ def lift(gm: fx.GraphModule, found: dict[str, Layer]) -> Rewritten:
     gm.graph.lint()
     gm.recompile()
     return Rewritten(gm, kept, folded, constants, found)
+
+
+def _tensor(gm: fx.GraphModule, node: fx.Node) -> Any:
+    """The tensor behind a ``get_attr`` node; None for a submodule."""
+    found = fetch(gm, str(node.target))
+    return found if isinstance(found, torch.Tensor) else None
 
 
 @lru_cache

@@ -11,7 +11,7 @@ from torch import nn
 import fxquant
 from fxquant import Stats
 
-from .conftest import MLP, Block
+from .conftest import MLP, Block, sqnr
 
 
 @pytest.fixture(autouse=True)
@@ -145,3 +145,42 @@ def test_an_error_of_the_users_code_passes_through_and_the_model_is_as_it_was():
     with pytest.raises(ZeroDivisionError), fxquant.Calibration(model, compiled=False):
         1 / 0  # noqa: B018
     assert model._compiled_call_impl is None
+
+
+class Outlier(nn.Module):
+    """A channel 60 times the others behind the norm, undone in the weights that read it; a residual."""
+
+    def __init__(self, width: int = 64):
+        super().__init__()
+        self.norm, self.up = nn.LayerNorm(width), nn.Linear(width, 2 * width)
+        self.down = nn.Linear(2 * width, width)
+        with torch.no_grad():
+            self.norm.weight[7] *= 60
+            self.up.weight[:, 7] /= 60
+
+    def forward(self, x):
+        return x + self.down(torch.nn.functional.gelu(self.up(self.norm(x))))
+
+
+@torch.no_grad()
+def test_one_line_smooths_what_was_calibrated():
+    torch.manual_seed(0)
+    model = Outlier().eval().requires_grad_(False)
+    data = [torch.randn(16, 64) for _ in range(3)]
+    stats = fxquant.calibrate(model, data, compiled=False, progress=False)
+    x = data[0]
+    expected = model(x) - x
+    plain = fxquant.compile(model, "int8dq")(x) - x
+    run = fxquant.compile(model, "int8dq", stats=stats, smooth=0.6)
+    smooth = run(x) - x
+    assert sqnr(plain, expected) < 27 and sqnr(smooth, expected) > 34
+    model.up.weight[:, 7] *= 2  # weights are inputs: the scale is chosen anew
+    assert sqnr(run(x) - x, model(x) - x) > 34
+    torch.compiler.reset()
+    options = {"scheme": "int8dq", "stats": stats, "smooth": {"up": 0.9}}
+    by_layer = torch.compile(model, backend="fxquant", options=options)(x)
+    assert sqnr(by_layer - x, model(x) - x) > 34 and not torch.equal(by_layer, run(x))
+    with pytest.raises(fxquant.FxQuantError, match="stats beside it"):
+        fxquant.compile(model, "int8dq", smooth=0.5)
+    with pytest.raises(fxquant.FxQuantError, match="statistics"):
+        fxquant.compile(model, "int8dq", stats=3)

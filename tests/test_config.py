@@ -12,7 +12,7 @@ from torch import nn
 
 import fxquant
 import fxquant.backend
-from fxquant import Config, Recipe, Rule
+from fxquant import Config, Recipe, Rule, Stats
 from fxquant.config import OPTIONS
 from fxquant.errors import (
     InvalidOption,
@@ -42,12 +42,15 @@ def test_every_option_arrives(tmp_path):
         "scheme": "W8A8",
         "dump_dir": tmp_path,
         "strict": True,
+        "stats": Stats(),
+        "smooth": 0.7,
         "inductor": {"cpp_wrapper": True},
     }
     config = Config.of(MappingProxyType(given))
     assert config.recipe == Recipe((Rule(scheme="W8A8"),))
     assert config.dump_dir == str(tmp_path) and config.strict is True
     assert config.inductor == {"cpp_wrapper": True}
+    assert config.stats is given["stats"] and config.smooth == 0.7
     assert Config.of({"recipe": {"*": None}}).recipe == Recipe((Rule(scheme=None),))
     assert set(given) | {"recipe"} == set(OPTIONS)
 
@@ -64,6 +67,7 @@ ILL_TYPED = {
     "recipe": [8, 1.5],
     "dump_dir": [1, True, ["a"], b"a"],
     "strict": [1, 0, "True", None],
+    "stats": [1, "stats.safetensors", [], None],
     "inductor": [[], "max_autotune", None, 1],
 }
 

@@ -18,7 +18,10 @@ from fxquant.dump import Dump, readable
 from .conftest import MLP, Block
 
 X = torch.randn(5, 64, generator=torch.Generator().manual_seed(1))
-STAGES = ["00_captured", *(f"{i:02d}_{name}" for i, (name, _) in enumerate(passes.PIPELINE, 1))]
+STAGES = [
+    "00_captured",
+    *(f"{i:02d}_{name}" for i, (name, _) in enumerate(passes.pipeline("int8wo"), 1)),
+]
 
 
 def run(model: nn.Module, *args: torch.Tensor, **options) -> None:

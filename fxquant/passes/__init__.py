@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from ..recipe import Recipe
@@ -17,22 +18,35 @@ from .observation import insert_observers
 from .quantization import quantize_weights
 from .verification import verify
 
-PIPELINE: tuple[tuple[str, Callable[[Recipe, bool], Pass]], ...] = (
-    ("normalized", lambda recipe, strict: normalize),
-    ("quantized", lambda recipe, strict: quantize_weights(recipe)),
-    ("folded", lambda recipe, strict: fold_qparams),
-    ("fused", lambda recipe, strict: fuse),
-    ("merged", lambda recipe, strict: merge),
-    ("lowered", lambda recipe, strict: lower(strict=strict)),
-    ("verified", lambda recipe, strict: verify),
+
+@dataclass(frozen=True)
+class Choices:
+    """What the user has decided. stats and smooth: see ``equalize``; no statistics, no smoothing."""
+
+    recipe: Recipe
+    strict: bool = False
+    stats: Any = None
+    smooth: Any = 0.5
+
+
+PIPELINE: tuple[tuple[str, Callable[[Choices], Pass | None]], ...] = (
+    ("normalized", lambda c: normalize),
+    ("equalized", lambda c: equalize(c.stats, c.smooth, c.recipe) if c.stats else None),
+    ("quantized", lambda c: quantize_weights(c.recipe)),
+    ("folded", lambda c: fold_qparams),
+    ("fused", lambda c: fuse),
+    ("merged", lambda c: merge),
+    ("lowered", lambda c: lower(strict=c.strict)),
+    ("verified", lambda c: verify),
 )
-"""(name of the dump after the pass, the pass for a recipe and strictness)."""
+"""(name of the dump after the pass, the pass for what the user has decided, or None)."""
 
 
-def pipeline(recipe: Any, *, strict: bool = False) -> list[tuple[str, Pass]]:
-    """The passes of PIPELINE for ``recipe``."""
-    rules = Recipe.of(recipe)
-    return [(name, make(rules, strict)) for name, make in PIPELINE]
+def pipeline(recipe: Any, **decided: Any) -> list[tuple[str, Pass]]:
+    """The passes of PIPELINE for ``recipe`` and whatever else of Choices is decided."""
+    choices = Choices(Recipe.of(recipe), **decided)
+    found = [(name, make(choices)) for name, make in PIPELINE]
+    return [(name, one) for name, one in found if one is not None]
 
 
 __all__ = [

@@ -22,6 +22,7 @@ from ..graph import constants, emit, fake_mode, layer_of, layers, move_before, n
 from ..recipe import Recipe
 from ..scheme import get_scheme
 from .base import Pass
+from .folding import folds
 
 aten = torch.ops.aten
 log = logging.getLogger("fxquant.passes")
@@ -204,25 +205,37 @@ def _smooth(gm: fx.GraphModule, group: Group, largest: torch.Tensor, alpha: floa
     for node in group.linears:
         move_before(anchor, node.args[1])  # transposed or cast, it may come later
     with graph.inserting_before(anchor):
-        x_max = _constant(gm, largest.float().to(value(first.args[1]).device), anchor)
+        x_max = _constant(gm, largest.float().to(value(first.args[1]).device))
         weights = list(dict.fromkeys(n.args[1] for n in group.linears))
         scale = _scale(graph, first, x_max, weights, alpha)
+        inverse = emit(graph, first, aten.reciprocal.default, scale)
     for node in group.linears:
-        with graph.inserting_before(node):
-            weight = node.args[1]
-            wide = emit(graph, node, aten.mul.Tensor, _float32(graph, node, weight), scale)
-            node.update_arg(1, emit(graph, node, aten.to.dtype, wide, value(weight).dtype))
-            note(node)["smoothed"] = alpha
+        node.update_arg(1, folds(_scaled(graph, node, node.args[1], scale)))
+        note(node)["smoothed"] = alpha
     for node, place in group.absorbs:
-        with graph.inserting_before(node):
-            node.update_arg(place, _divided(graph, node, node.args[place], scale))
+        rows = node.target is aten.linear.default and place == 1
+        node.update_arg(place, folds(_scaled(graph, node, node.args[place], inverse, rows)))
     if not group.absorbs:
+        folds(inverse)
         for x in dict.fromkeys(n.args[0] for n in group.linears):
             users = [n for n in group.linears if n.args[0] is x]
-            with graph.inserting_before(min(users)):
-                smaller = _divided(graph, min(users), x, scale)
+            smaller = _scaled(graph, min(users), x, inverse)
             for node in users:
                 node.update_arg(0, smaller)
+
+
+def _scaled(
+    graph: fx.Graph, user: fx.Node, node: fx.Node, factor: fx.Node, rows: bool = False
+) -> fx.Node:
+    """``node`` times the factor along its last dimension, or its rows; rounded once to its dtype."""
+    dtype = value(node).dtype
+    with graph.inserting_before(user):
+        if rows:
+            factor = emit(graph, user, aten.unsqueeze.default, factor, 1)
+        found = emit(graph, user, aten.mul.Tensor, _float32(graph, user, node), factor)
+        return (
+            found if value(found).dtype == dtype else emit(graph, user, aten.to.dtype, found, dtype)
+        )
 
 
 def _scale(
@@ -249,20 +262,7 @@ def _float32(graph: fx.Graph, like: fx.Node, node: fx.Node) -> fx.Node:
     return emit(graph, like, aten.to.dtype, node, torch.float32)
 
 
-def _divided(graph: fx.Graph, like: fx.Node, node: fx.Node, scale: fx.Node) -> fx.Node:
-    """``node`` over the scale: its rows where it is a matrix of parameters, else its last dimension."""
-    val = value(node)
-    if like.target is aten.linear.default and node is like.args[1]:
-        scale = emit(graph, like, aten.unsqueeze.default, scale, 1)
-    small = emit(graph, like, aten.div.Tensor, _float32(graph, like, node), scale)
-    return (
-        small
-        if value(small).dtype == val.dtype
-        else emit(graph, like, aten.to.dtype, small, val.dtype)
-    )
-
-
-def _constant(gm: fx.GraphModule, tensor: torch.Tensor, like: fx.Node) -> fx.Node:
+def _constant(gm: fx.GraphModule, tensor: torch.Tensor) -> fx.Node:
     index = sum(name.startswith("smooth_") for name, _ in gm.named_buffers(recurse=False))
     name = f"smooth_{index}"
     gm.register_buffer(name, tensor)

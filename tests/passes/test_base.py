@@ -55,6 +55,7 @@ def test_the_pipeline_leads_from_stage_to_stage():
     assert kept == ["captured", "float", "reference", "fused", "lowered"]
     assert [name for name, _ in passes.PIPELINE] == [
         "normalized",
+        "equalized",
         "quantized",
         "folded",
         "fused",
