@@ -40,9 +40,9 @@ def fxquant_backend(
 ) -> Callable[..., Any]:
     """Quantize the linears of a Dynamo graph and compile the result with Inductor.
 
-    options: ``scheme`` or ``recipe``, ``stats`` and ``smooth``, ``dump_dir``, ``strict``, ``inductor``. Raises the errors of
-    Config.of, GradRequired, UnusedRule, NonFiniteWeight, and NotQuantized under ``strict``;
-    TorchDynamo wraps them in BackendCompilerFailed.
+    options: ``scheme`` or ``recipe``, ``stats`` and ``smooth``, ``dump_dir``, ``strict``,
+    ``inductor``. Raises the errors of Config.of, GradRequired, UnusedRule, NonFiniteWeight, and
+    NotQuantized under ``strict``; TorchDynamo wraps them in BackendCompilerFailed.
     """
     config = Config.of(options, mode)
     rewritten = rewrite(gm, example_inputs, config)

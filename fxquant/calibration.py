@@ -8,6 +8,7 @@ statistics.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -31,6 +32,7 @@ from .lifting import lift, sources_hash
 from .observers import OBSERVERS, Observer, collecting, restored, state_of
 from .passes import insert_observers, normalize
 from .recipe import Recipe
+from .smoothing import Structure
 
 log = logging.getLogger("fxquant.calibration")
 
@@ -57,6 +59,8 @@ class Stats(Mapping[str, dict[str, Observer]]):
         self._found: dict[str, dict[str, Observer]] = {}
         self.missed: list[str] = []
         """Layers that the recipe quantizes and no batch has reached."""
+        self.structure = Structure()
+        """What the model's graphs say about smoothing."""
 
     def __getitem__(self, name: str) -> dict[str, Observer]:
         return self._found[name]
@@ -102,6 +106,7 @@ class Stats(Mapping[str, dict[str, Observer]]):
         }
         order = [(name, list(found)) for name, found in self._found.items()]
         about = {"kinds": self.kinds, "missed": self.missed, "order": order}
+        about["structure"] = dataclasses.asdict(self.structure)
         save_file(tensors, path, {"format": FORMAT, "about": json.dumps(about)})
 
     @staticmethod
@@ -114,6 +119,7 @@ class Stats(Mapping[str, dict[str, Observer]]):
             about = json.loads(written["about"])
             stats = Stats(about["kinds"])
             stats.missed = about["missed"]
+            stats.structure = Structure.of(**about["structure"])
             states: dict[tuple[str, str], dict[str, torch.Tensor]] = {}
             for key in file.keys():  # noqa: SIM118 (it is no mapping)
                 name, kind, field = key.rsplit("|", 2)
@@ -221,6 +227,7 @@ class Calibration:
     def _backend(self, gm: fx.GraphModule, inputs: list[Any]) -> Any:
         canonical = from_dynamo(gm, inputs)
         normalize(canonical)
+        self.stats.structure.learn(canonical)
         insert_observers(canonical)
         self.wanted |= {name for name, layer in layers(canonical).items() if self._chosen(layer)}
         if not self.compiled:

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from .backend import linears_of
+from .calibration import Stats
 from .errors import (
     AlreadyQuantized,
     GroupSizeMismatch,
@@ -22,8 +23,15 @@ from .recipe import Recipe
 from .scheme import SCHEMES, Quantized, Scheme, get_scheme
 
 
-def quantize(model: nn.Module, recipe: Any) -> nn.Module:
+def quantize(
+    model: nn.Module, recipe: Any, *, stats: Stats | None = None, smooth: Any = 0.5
+) -> nn.Module:
     """Quantize the linears of ``model`` in place and return it.
+
+    stats: what ``calibrate`` returned for this model: layers whose activations are quantized are
+    smoothed first (SmoothQuant), ``smooth`` (0 to 1, or by layer) of the difficulty going to the
+    weights, its inverse into the norm or linear before them. Groups for which that has no place stay
+    as they are, with a warning in the log.
 
     recipe: a scheme's name, a mapping of name patterns, rules, or a Recipe. Served are
     ``nn.Linear`` and transformers' ``Conv1D``; tied weights stay tied. Everything is checked
@@ -39,6 +47,9 @@ def quantize(model: nn.Module, recipe: Any) -> nn.Module:
         raise NothingQuantized(reasons=f"no rule gives a scheme to a linear; linears: {present}")
     for name, (module, scheme) in plan.items():
         _check(name, module, scheme)
+    if stats is not None:
+        wanted = [name for name, (_, scheme) in plan.items() if scheme.input is not None]
+        stats.structure.fold(model, stats, smooth, wanted)
     shared: dict[tuple[int, str], Quantized] = {}
     for name, (module, scheme) in plan.items():
         weight = weight_of(module)

@@ -12,6 +12,7 @@ import fxquant
 from fxquant import Stats
 
 from .conftest import MLP, Block, sqnr
+from .test_architectures import ARCHITECTURES, made
 
 
 @pytest.fixture(autouse=True)
@@ -184,3 +185,66 @@ def test_one_line_smooths_what_was_calibrated():
         fxquant.compile(model, "int8dq", smooth=0.5)
     with pytest.raises(fxquant.FxQuantError, match="statistics"):
         fxquant.compile(model, "int8dq", stats=3)
+
+
+@torch.no_grad()
+def test_the_same_in_place_and_the_checkpoint_is_of_the_original_class(tmp_path, caplog):
+    torch.manual_seed(0)
+    model = Outlier().eval().requires_grad_(False)
+    data = [torch.randn(16, 64) for _ in range(3)]
+    stats = fxquant.calibrate(model, data, compiled=False, progress=False)
+    stats.save(tmp_path / "stats.safetensors")
+    stats, x = Stats.load(tmp_path / "stats.safetensors"), data[0]
+    expected = model(x) - x
+    graph = fxquant.compile(model, "int8dq", recipe=None, stats=stats, smooth=0.6)(x) - x
+    plain, keys = Outlier().eval(), set(model.state_dict())
+    plain.load_state_dict(model.state_dict())
+    fxquant.quantize(plain, "int8dq")
+    with caplog.at_level("WARNING", "fxquant"):
+        fxquant.quantize(model, "int8dq", stats=stats, smooth=0.6)
+    assert "down: nothing before it can take up the scale" in caplog.text, "gelu is in the way"
+    assert sqnr(plain(x) - x, expected) < 27 and sqnr(model(x) - x, expected) > 34
+    assert sqnr(model(x) - x, graph) > 30
+    assert {k for k in model.state_dict() if "norm" in k} == {k for k in keys if "norm" in k}
+    again = fxquant.quantize(Outlier().eval(), "int8dq")
+    again.load_state_dict(model.state_dict())
+    assert torch.equal(again(x), model(x))
+
+
+@torch.no_grad()
+def test_parameters_with_other_uses_are_not_folded_into(caplog):
+    class Shared(nn.Module):
+        """One norm before two linears in turn; a linear's weight that is also read as it is."""
+
+        def __init__(self):
+            super().__init__()
+            self.norm, self.read = nn.LayerNorm(16), nn.LayerNorm(16)
+            self.a, self.b, self.c = (nn.Linear(16, 16) for _ in range(3))
+
+        def forward(self, x):
+            x = self.b(self.norm(self.a(self.norm(x))))
+            return self.c(self.read(x)) + self.c.weight.sum()
+
+    model = Shared().eval().requires_grad_(False)
+    x = torch.randn(4, 16)
+    stats = fxquant.calibrate(model, [x], compiled=False, progress=False)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    with caplog.at_level("WARNING", "fxquant"):
+        stats.structure.fold(model, stats, 0.5, ["a", "b", "c"])
+    for name in ("a: norm.weight", "b: norm.weight", "c: c.weight"):
+        assert f"{name} is used elsewhere too" in caplog.text
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES, ids=lambda a: a.__name__)
+@torch.no_grad()
+def test_folding_leaves_any_architecture_as_it_was(architecture):
+    model, inputs = made(architecture)
+    stats = fxquant.calibrate(model, [inputs], compiled=False, progress=False)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    expected = model(**inputs)[0]
+    wanted = {name.removesuffix(":input") for name in stats}
+    stats.structure.fold(model, stats, 0.6, wanted)
+    changed = [k for k, v in model.state_dict().items() if not torch.equal(v, before[k])]
+    assert len(changed) >= 2
+    assert sqnr(model(**inputs)[0], expected) > 90, changed

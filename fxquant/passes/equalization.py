@@ -10,7 +10,7 @@ nothing can take it up, or something else reads the same value, the division is 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,7 +18,8 @@ import torch
 from torch import fx
 
 from ..errors import InvalidOption
-from ..graph import constants, emit, fake_mode, layer_of, layers, move_before, note, value
+from ..graph import constants, emit, fake_mode, inline, layer_of, layers, move_before, note, value
+from ..inductor import trace_function
 from ..recipe import Recipe
 from ..scheme import get_scheme
 from .base import Pass
@@ -74,8 +75,7 @@ def equalize(stats: Mapping[str, Any], alpha: Any = 0.5, recipe: Any = "int8dq")
     """
     rules = Recipe.of(recipe)
     for one in alpha.values() if isinstance(alpha, Mapping) else (alpha,):
-        if not isinstance(one, int | float) or not 0.0 <= one <= 1.0:
-            raise InvalidOption(name="alpha", value=one, expected="a number from 0 to 1")
+        alpha_of(one, [""])
 
     def rewrite(gm: fx.GraphModule) -> bool:
         changed = False
@@ -85,13 +85,11 @@ def equalize(stats: Mapping[str, Any], alpha: Any = 0.5, recipe: Any = "int8dq")
                 continue
             if not any(_quantizes_input(gm, rules, name) for name in group.names):
                 continue
-            seen = [s for name in group.names if (s := stats.get(f"{name}:input"))]
-            seen = [found["channel"].absmax for found in seen if "channel" in found]
-            if not seen:
+            largest = largest_inputs(stats, group.names)
+            if largest is None:
                 log.warning("not equalized for want of statistics: %s", ", ".join(group.names))
                 continue
-            own = alpha.get(group.names[0], 0.5) if isinstance(alpha, Mapping) else alpha
-            _smooth(gm, group, torch.stack([s.cpu() for s in seen]).amax(0), float(own))
+            _smooth(gm, group, largest, alpha_of(alpha, group.names))
             changed = True
         return changed
 
@@ -205,9 +203,11 @@ def _smooth(gm: fx.GraphModule, group: Group, largest: torch.Tensor, alpha: floa
     for node in group.linears:
         move_before(anchor, node.args[1])  # transposed or cast, it may come later
     with graph.inserting_before(anchor):
-        x_max = _constant(gm, largest.float().to(value(first.args[1]).device))
+        x_max = _constant(gm, largest.to(value(first.args[1]).device))
         weights = list(dict.fromkeys(n.args[1] for n in group.linears))
-        scale = _scale(graph, first, x_max, weights, alpha)
+        values = [value(x_max), *map(value, weights)]
+        body = trace_function(lambda x, *w: smoothing_scale(x, w, alpha), *values)
+        scale = inline(graph, first, body, [x_max, *weights])
         inverse = emit(graph, first, aten.reciprocal.default, scale)
     for node in group.linears:
         node.update_arg(1, folds(_scaled(graph, node, node.args[1], scale)))
@@ -238,22 +238,29 @@ def _scaled(
         )
 
 
-def _scale(
-    graph: fx.Graph, like: fx.Node, x_max: fx.Node, weights: list[fx.Node], alpha: float
-) -> fx.Node:
-    """s [K] in float32, 1 for channels that are zero throughout on either side."""
+def smoothing_scale(
+    x_max: torch.Tensor, weights: Sequence[torch.Tensor], alpha: float
+) -> torch.Tensor:
+    """s [K] of equation 4 in float32, for activations of ``max |X|`` [K] and weights [N, K] that read
+    them; 1 for channels that are zero throughout on either side."""
+    w_max = torch.stack([w.abs().amax(0).float() for w in weights]).amax(0)
+    scale = x_max.pow(alpha) / w_max.pow(1.0 - alpha)
+    return torch.where(torch.minimum(x_max, w_max) > 0, scale, 1.0)
 
-    def op(target: Any, *args: Any) -> fx.Node:
-        return emit(graph, like, target, *args)
 
-    w_max = None
-    for weight in weights:
-        columns = op(aten.amax.default, op(aten.abs.default, _float32(graph, like, weight)), [0])
-        w_max = columns if w_max is None else op(aten.maximum.default, w_max, columns)
-    powered = op(aten.pow.Tensor_Scalar, x_max, alpha)
-    scale = op(aten.div.Tensor, powered, op(aten.pow.Tensor_Scalar, w_max, 1.0 - alpha))
-    used = op(aten.gt.Scalar, op(aten.minimum.default, x_max, w_max), 0.0)
-    return op(aten.where.ScalarOther, used, scale, 1.0)
+def alpha_of(alpha: Any, names: Sequence[str]) -> float:
+    """The alpha of a group, by its first layer's name. Raises InvalidOption if it is none."""
+    own = alpha.get(names[0], 0.5) if isinstance(alpha, Mapping) else alpha
+    if not isinstance(own, int | float) or not 0.0 <= own <= 1.0:
+        raise InvalidOption(name="smooth", value=own, expected="a number from 0 to 1")
+    return float(own)
+
+
+def largest_inputs(stats: Mapping[str, Any], names: Sequence[str]) -> torch.Tensor | None:
+    """``max |X|`` [K] over the inputs of these layers, float32 on the CPU; None without statistics."""
+    found = (stats.get(f"{name}:input", {}).get("channel") for name in names)
+    seen = [observer.absmax.float().cpu() for observer in found if observer is not None]
+    return torch.stack(seen).amax(0) if seen else None
 
 
 def _float32(graph: fx.Graph, like: fx.Node, node: fx.Node) -> fx.Node:

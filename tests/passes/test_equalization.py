@@ -213,5 +213,5 @@ def test_weight_only_schemes_and_layers_without_statistics_are_left_alone(caplog
         assert not equalize(Stats(), 0.5)(gm).modified
     assert "want of statistics: q, k, v" in caplog.text and count(gm) == before
     for alpha in (1.5, -0.1, "auto", {"q": 2}):
-        with pytest.raises(fxquant.FxQuantError, match="alpha"):
+        with pytest.raises(fxquant.FxQuantError, match="smooth"):
             equalize(Stats(), alpha)
