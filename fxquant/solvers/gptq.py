@@ -43,8 +43,8 @@ def solve(
 ) -> Solution:
     """Codes of ``weight`` [n, k] that keep its outputs on the data of ``gram`` [k, k].
 
-    block_size: columns after which the rest of the row is brought up to date, at once; it is fitted
-        to the groups, and the result is the same for any, up to rounding.
+    block_size: columns after which the rest of the row is brought up to date, at once; fitted to
+        groups that are not static. The result is the same for any, up to rounding.
     damping: added to the diagonal, relative to its mean. Where the Cholesky factorization fails, it
         is raised tenfold up to MOST_DAMPING; the record has what was used.
     act_order: columns in the order of falling mean square of their inputs, otherwise as they stand.
@@ -78,6 +78,8 @@ def solve(
     qparams = choose_ranges(live, spec, ranges, diagonal) if static else None
     columns = torch.arange(weight.shape[1], device=weight.device) if order is None else order
     group = columns // size
+    block = block_size if static else _fit(block_size, size)
+    unit = unit.to(weight.dtype)
     rows = max(ROWS_AT_ONCE // weight.shape[1], 1)
     parts = []
     for start in range(0, len(live), rows):
@@ -89,7 +91,7 @@ def solve(
             groups = _StaticGroups(spec, scale, zero, group, weight.dtype)
         else:
             groups = _DynamicGroups(spec, size, ranges, diagonal)
-        parts.append(_walk(piece, groups, unit.to(weight.dtype), order, _fit(block_size, size)))
+        parts.append(_walk(piece, groups, unit, order, block))
     own = _joined(parts, spec)
 
     candidates = {"gptq": own}

@@ -5,7 +5,13 @@ from __future__ import annotations
 import torch
 
 from ..affine import choose_qparams_affine, code_range, pack_codes, quantize_affine
-from ..errors import InvalidBlockSize, NonFiniteWeight, UnsupportedDtype, UnsupportedSpec
+from ..errors import (
+    InvalidBlockSize,
+    NonFiniteWeight,
+    ShapeMismatch,
+    UnsupportedDtype,
+    UnsupportedSpec,
+)
 from ..scheme import SLAB, Quantized, QuantSpec
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -84,8 +90,8 @@ class Grid:
 def check(weight: torch.Tensor, spec: QuantSpec, *, solver: str, layer: str) -> torch.Tensor:
     """``weight`` [n, k] as a solver takes it: float64 as it is, other floats in float32.
 
-    Raises UnsupportedDtype, InvalidBlockSize (rank, or k in no whole groups), UnsupportedSpec (one
-    scale for all rows) and NonFiniteWeight.
+    Raises UnsupportedDtype, InvalidBlockSize (rank, or k in no whole groups), ShapeMismatch (no
+    values), UnsupportedSpec (one scale for all rows) and NonFiniteWeight.
     """
     if weight.dtype not in FLOATS:
         choices = ", ".join(map(str, FLOATS))
@@ -93,6 +99,9 @@ def check(weight: torch.Tensor, spec: QuantSpec, *, solver: str, layer: str) -> 
     shape = tuple(weight.shape)
     if len(shape) != 2 or shape[1] % group_size(spec, shape[1]):
         raise InvalidBlockSize(block_size=tuple(spec.block_size(2)), shape=shape)
+    if weight.numel() == 0:
+        expected = "at least one row and one column"
+        raise ShapeMismatch(what=f"{layer}: the weight", found=shape, expected=expected)
     if spec.granularity == "tensor":
         reason = "rows that share one scale cannot be solved one by one; quantize per channel"
         raise UnsupportedSpec(layer=layer, solver=solver, spec=spec, reason=reason)

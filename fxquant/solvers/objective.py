@@ -88,7 +88,7 @@ def best_rows(
     winner = torch.zeros_like(error, dtype=torch.long)
     for index, (name, other) in enumerate(others, 1):
         better = errors[name] < error
-        winner[better] = index
+        winner = torch.where(better, index, winner)
         error = torch.where(better, errors[name], error)
         best = Quantized(*(_where(better, new, old) for new, old in zip(other, best, strict=True)))
     return best, error, {name: (winner == index).sum() for index, name in enumerate(candidates)}

@@ -6,7 +6,13 @@ import pytest
 import torch
 
 from fxquant.affine import dequantize_affine, quantize_affine
-from fxquant.errors import InvalidBlockSize, NonFiniteWeight, UnsupportedDtype, UnsupportedSpec
+from fxquant.errors import (
+    InvalidBlockSize,
+    NonFiniteWeight,
+    ShapeMismatch,
+    UnsupportedDtype,
+    UnsupportedSpec,
+)
 from fxquant.solvers import SOLVERS, grid
 from fxquant.solvers.grid import Grid, check, qparams_of_range, quantized
 
@@ -69,6 +75,9 @@ def test_every_solver_names_the_layer_and_what_is_wrong(name):
         solve(torch.zeros(6, 90), spec, gram, layer="up")
     with pytest.raises(InvalidBlockSize):
         solve(torch.zeros(6, 96, 1), spec, gram, layer="up")
+    for shape in ((0, 96), (6, 0)):
+        with pytest.raises(ShapeMismatch, match=r"^up: the weight has shape .*at least one row"):
+            solve(torch.zeros(shape), spec, gram, layer="up")
 
 
 def test_one_scale_for_all_rows_is_refused():

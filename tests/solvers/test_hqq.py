@@ -21,7 +21,7 @@ def objective(w, q, spec, p=0.7) -> torch.Tensor:
     return (error / q.scale.double()[..., None]).abs().pow(p).sum(-1)
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=25, deadline=None, derandomize=True)
 @given(
     name=st.sampled_from(sorted(FLOAT)),
     seed=st.integers(0, 1 << 20),

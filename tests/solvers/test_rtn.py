@@ -28,7 +28,7 @@ def test_minmax_is_the_specs_own(name, dtype):
     assert_same(rtn.solve(w, SPECS[name], gram_of(x)).quantized, SPECS[name].quantize(w))
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=25, deadline=None, derandomize=True)
 @given(
     name=st.sampled_from(sorted(SPECS)),
     seed=st.integers(0, 1 << 20),
@@ -46,6 +46,7 @@ def test_searched_ranges_err_no_more_in_any_group(name, seed, n, spread, offset,
     for ranges, importance in (("mse", torch.ones(64)), ("mse-diag", gram.hessian.diagonal())):
         found = rtn.solve(w, spec, gram, ranges=ranges).quantized
         assert_canonical(found, w, spec)
+        assert (found.scale <= minmax.scale).all()
         before = by_group(w, minmax, spec, importance.double())
         after = by_group(w, found, spec, importance.double())
         # where they differ by less than float32 can see, either may be taken
