@@ -48,6 +48,7 @@ __all__ = [
 
 _InferenceAware: Any = getattr(custom_graph_pass, "CustomInferenceAwareGraphPass", CustomGraphPass)
 _SchedulerPass: Any = getattr(custom_graph_pass, "CustomSchedulerPass", object)
+"""From 2.12 on Inductor's cache asks for a uuid; 2.11 hashes the pass itself."""
 
 
 class _KeepMeta(fx.Interpreter):
@@ -248,8 +249,9 @@ def _reads(node: Any) -> bool:
 def _overlapping(patches: dict[str, Any], tag: str) -> dict[str, Any]:
     """The settings with which kernels overlap; none where the user has decided, here or for the whole
     process, or where torch cannot be asked which kernels there are."""
-    decided = OVERLAP in patches or OVERLAP not in inductor_options()
-    if decided or inductor_config.triton.enable_pdl or _SchedulerPass is object:
+    if OVERLAP in patches or not {OVERLAP, FUSED} <= inductor_options():
+        return {}
+    if inductor_config.triton.enable_pdl:
         return {}
     return {OVERLAP: True, FUSED: _Overlap(tag, patches.get(FUSED))}
 
