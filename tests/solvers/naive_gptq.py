@@ -27,7 +27,7 @@ def qparams(block: torch.Tensor, spec: QuantSpec) -> tuple[torch.Tensor, torch.T
     if spec.zero_point_domain == "int":
         zero = (bottom - torch.round(low / scale)).clamp(bottom, top)
     elif spec.zero_point_domain == "float":
-        zero = (low + scale * 2 ** (spec.bits - 1)).to(spec.scale_dtype).double()
+        zero = (low + scale * (middle_of(spec) - bottom)).to(spec.scale_dtype).double()
     return scale, zero
 
 
@@ -39,6 +39,10 @@ def ends(spec: QuantSpec) -> tuple[int, int]:
     return -(2 ** (spec.bits - 1)), 2 ** (spec.bits - 1) - 1
 
 
+def middle_of(spec: QuantSpec) -> int:
+    return (ends(spec)[0] + ends(spec)[1] + 1) // 2
+
+
 def nearest(
     column: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, spec: QuantSpec
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -48,7 +52,7 @@ def nearest(
         codes = (column / scale).clamp(bottom, top).float().to(spec.dtype).double()
         return codes, codes * scale
     if spec.zero_point_domain == "float":
-        middle = 2 ** (spec.bits - 1)
+        middle = middle_of(spec)
         codes = torch.round((column - zero) / scale + middle).clamp(bottom, top)
         return codes, (codes - middle) * scale + zero
     codes = (torch.round(column / scale) + zero).clamp(bottom, top)

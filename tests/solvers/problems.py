@@ -27,6 +27,7 @@ SPECS = {
     "int4-16": sym(torch.int4, 16),
     "int4-16-no-clipping": sym(torch.int4, 16, mapping="symmetric_no_clipping_err"),
     "uint4-16-float": asym(torch.uint4, 16),
+    "int4-32-float": asym(torch.int4, 32),
     "uint4-32-int": asym(torch.uint4, 32, "int"),
     "int3-32": sym(torch.int3, 32),
     "uint3-16-int": asym(torch.uint3, 16, "int"),

@@ -25,8 +25,13 @@ def test_rounds_and_restores_as_affine_does(spec, dtype):
     w, _ = problem(n=32, dtype=dtype)
     w[0], w[1, :48], w[2, 5] = 0.0, 3.0, 40.0
     scale, zero = (t for t in spec.quantize(w)[1:])
-    far = torch.cat([w, w * 3, -w, w + 0.7])  # also beyond the ends
-    scale, zero = (None if t is None else t.repeat(4, 1) for t in (scale, zero))
+    # Also beyond the ends, and halfway between two codes, where the last bit decides.
+    groups = (*scale.shape, -1)
+    own = Grid(spec, scale[..., None], None if zero is None else zero[..., None], dtype)
+    steps = torch.arange(96, dtype=dtype).expand(32, 96).reshape(groups) % 2**spec.bits + 0.5
+    halves = own.values(steps + max(own.low, -128)).reshape(32, 96)
+    far = torch.cat([w, w * 3, -w, w + 0.7, halves])
+    scale, zero = (None if t is None else t.repeat(5, 1) for t in (scale, zero))
     block = spec.block_size(2)
     kw = {"zero_point_domain": spec.zero_point_domain}
     codes = quantize_affine(far, block, scale, zero, spec.dtype, **kw)
