@@ -1,6 +1,6 @@
 """fxquant: quantization of PyTorch models by rewriting their FX graphs."""
 
-from . import lowering, passes  # noqa: F401
+from . import lowering, passes, solvers  # noqa: F401
 from .backend import compile
 from .calibration import Calibration, Stats, calibrate
 from .capture import trace
@@ -35,6 +35,7 @@ __all__ = [
     "invalidate",
     "passes",
     "quantize",
+    "solvers",
     "trace",
     "tune",
 ]

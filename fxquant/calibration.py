@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,13 @@ from tqdm import tqdm
 
 from .capture import NAMES, from_dynamo
 from .config import DEFAULT_SCHEME
-from .errors import EmptyObserver, InvalidOption, NonFiniteStatistics, NothingObserved
+from .errors import (
+    CaptureFailed,
+    EmptyObserver,
+    InvalidOption,
+    NonFiniteStatistics,
+    NothingObserved,
+)
 from .graph import Layer, layers
 from .inductor import calling, compile_graph
 from .lifting import lift, sources_hash
@@ -50,6 +56,10 @@ class Stats(Mapping[str, dict[str, Observer]]):
     """
 
     def __init__(self, kinds: Mapping[str, Sequence[str]] = KINDS):
+        for port, found in kinds.items():
+            if port != "input" or isinstance(found, str):
+                expected = 'a mapping from "input" to a list of names'
+                raise InvalidOption(name="kinds", value=dict(kinds), expected=expected)
         for kind in {kind for found in kinds.values() for kind in found}:
             if kind not in OBSERVERS:
                 raise InvalidOption(
@@ -70,6 +80,15 @@ class Stats(Mapping[str, dict[str, Observer]]):
 
     def __len__(self) -> int:
         return len(self._found)
+
+    @property
+    def reached(self) -> set[str]:
+        """The layers that have seen a value."""
+        return {
+            name.rpartition(":")[0]
+            for name, found in self._found.items()
+            if any(observer.batches for observer in found.values())
+        }
 
     def add(self, name: str, x: torch.Tensor) -> None:
         """Count the values of ``x`` under ``name``. Raises NonFiniteStatistics (histograms)."""
@@ -94,7 +113,8 @@ class Stats(Mapping[str, dict[str, Observer]]):
             mine = self._found.setdefault(name, {})
             for kind, observer in theirs.items():
                 mine.setdefault(kind, OBSERVERS[kind]()).merge(observer)
-        self.missed = [name for name in self.missed if name in other.missed]
+        self.missed = sorted({*self.missed, *other.missed} - self.reached)
+        self.structure.merge(other.structure)
 
     def save(self, path: str | Path) -> None:
         """Write everything to a safetensors file."""
@@ -158,9 +178,13 @@ def calibrate(
     reached; int8dq unless given. compiled: with Inductor, else the observed graphs run node by node.
     Outputs are dropped; training mode, parameters and buffers are the caller's.
 
-    Raises NothingObserved without a batch or a reached layer, NonFiniteStatistics, InvalidOption,
-    UnusedRule; layers never reached are in ``Stats.missed`` and in a warning.
+    Raises NothingObserved without a batch or a reached layer, NonFiniteStatistics, InvalidOption; layers
+    never reached are in ``Stats.missed`` and in a warning.
     """
+    if isinstance(batches, torch.Tensor | Mapping):
+        raise InvalidOption(
+            name="batches", value=type(batches).__name__, expected="an iterable of batches"
+        )
     with Calibration(model, scheme, recipe=recipe, kinds=kinds, compiled=compiled) as stats:
         count = 0
         for batch in tqdm(batches, desc="calibrate", disable=not progress):
@@ -186,8 +210,8 @@ class Calibration:
         with fxquant.Calibration(model) as stats:
             model.generate(...)
 
-    On leaving, calls of ``model`` are what they were. Raises what ``calibrate`` raises, on leaving
-    without another error.
+    Compiled graphs run without gradients. On leaving, calls of ``model`` are what they were. Raises
+    what ``calibrate`` raises, on leaving without another error.
     """
 
     def __init__(
@@ -202,7 +226,7 @@ class Calibration:
         if scheme is not None and recipe is not None:
             value = (scheme, recipe)
             raise InvalidOption(name="scheme and recipe", value=value, expected="only one of them")
-        self.model = model
+        self.model = getattr(model, "_orig_mod", model)
         self.recipe = Recipe.of(recipe or scheme or DEFAULT_SCHEME)
         self.stats = Stats(kinds)
         self.compiled = compiled
@@ -221,34 +245,76 @@ class Calibration:
 
     @contextmanager
     def _observing(self) -> Iterator[None]:
-        with calling(self.model, self._backend), collecting(self._collect):
+        with calling(self.model, self._backend), NAMES.rooted(self.model):
             yield
 
-    def _backend(self, gm: fx.GraphModule, inputs: list[Any]) -> Any:
-        canonical = from_dynamo(gm, inputs)
+    def _backend(self, gm: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        try:
+            canonical = from_dynamo(gm, inputs)
+        except CaptureFailed as error:
+            log.warning("%s", error)
+            return gm.forward
         normalize(canonical)
         self.stats.structure.learn(canonical)
-        insert_observers(canonical)
+        if not insert_observers(canonical).modified:
+            return gm.forward
         self.wanted |= {name for name, layer in layers(canonical).items() if self._chosen(layer)}
-        if not self.compiled:
-            return canonical.forward
+        run = self._compiled(gm, canonical, inputs) if self.compiled else canonical.forward
+        return self._counting(run, canonical, inputs)
+
+    def _compiled(
+        self, gm: fx.GraphModule, canonical: fx.GraphModule, inputs: list[Any]
+    ) -> Callable[..., Any]:
         found = lift(canonical, layers(canonical))
         feeds = [inputs[i] for i in found.kept]
-        tag = f"{sources_hash()} observed"
-        run = compile_graph(found.gm, gm, feeds, found.constants, {}, tag)
-        return lambda *args: run(*[args[i] for i in found.kept], *found.constants)
+        with torch.no_grad():
+            tag = f"{sources_hash()} observed"
+            run = compile_graph(found.gm, gm, feeds, found.constants, {}, tag)
+
+        def without_gradients(*args: Any) -> Any:
+            with torch.no_grad():
+                return run(*[args[i] for i in found.kept], *found.constants)
+
+        return without_gradients
+
+    def _counting(
+        self, run: Callable[..., Any], gm: fx.GraphModule, inputs: list[Any]
+    ) -> Callable[..., Any]:
+        """``run``, whose values are counted under the names of the layers it is called with: Dynamo uses
+        one graph for all blocks that look alike."""
+        known, names = layers(gm), NAMES.tensors()
+        weights = {
+            i: layer
+            for i, x in enumerate(inputs)
+            if (layer := names.get(id(x), "").removesuffix(".weight")) in known
+        }
+
+        def counted(*args: Any) -> Any:
+            actual: dict[str, str] = {}
+            if any(args[i] is not inputs[i] for i in weights):
+                here = NAMES.tensors()
+                actual = {
+                    layer: here.get(id(args[i]), f"{layer}.weight").removesuffix(".weight")
+                    for i, layer in weights.items()
+                }
+
+            def collect(name: str, x: torch.Tensor) -> None:
+                layer, _, port = name.rpartition(":")
+                if layer in self.wanted:
+                    self.stats.add(f"{actual.get(layer, layer)}:{port}", x)
+
+            with collecting(collect):
+                return run(*args)
+
+        return counted
 
     def _chosen(self, layer: Layer) -> bool:
         rule = self.recipe.rule_for(layer)
         return rule is not None and rule.scheme is not None
 
-    def _collect(self, name: str, x: torch.Tensor) -> None:
-        if name.rpartition(":")[0] in self.wanted:
-            self.stats.add(name, x)
-
     def _finish(self) -> None:
         self.stats.check()
-        reached = {name.rpartition(":")[0] for name in self.stats}
+        reached = self.stats.reached
         if not reached:
             raise NothingObserved(reason="check the recipe, and that the model itself is called")
         owned = [layer for layer in _linears(self.model) if self._chosen(layer)]

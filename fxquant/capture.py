@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -26,6 +27,7 @@ class _Names:
 
     def __init__(self) -> None:
         self._roots: WeakKeyDictionary[nn.Module, None] = WeakKeyDictionary()
+        self._first: list[nn.Module] = []
 
     def add(self, root: nn.Module) -> None:
         if any(root is r or root in _descendants(r) for r in self._roots):
@@ -33,7 +35,16 @@ class _Names:
         self._roots[root] = None
 
     def roots(self) -> list[nn.Module]:
-        return list(self._roots)
+        return [*self._first, *self._roots]
+
+    @contextmanager
+    def rooted(self, root: nn.Module) -> Iterator[None]:
+        """Within, what ``root`` holds has its names in ``root``, whatever else holds it."""
+        self._first.insert(0, root)
+        try:
+            yield
+        finally:
+            self._first.remove(root)
 
     def holding(self, module: nn.Module | None) -> list[nn.Module]:
         """The models that ``module`` is a part of; all of them, where it is not known."""
@@ -43,7 +54,7 @@ class _Names:
 
     def tensors(self) -> dict[int, str]:
         found: dict[int, str] = {}
-        for root in self._roots:
+        for root in self.roots():
             for getter in (root.named_parameters, root.named_buffers):
                 for name, tensor in getter(remove_duplicate=False):
                     found.setdefault(id(tensor), clean(name))
@@ -51,7 +62,7 @@ class _Names:
 
     def modules(self) -> dict[int, str]:
         found: dict[int, str] = {}
-        for root in self._roots:
+        for root in self.roots():
             for name, module in root.named_modules():
                 found.setdefault(id(module), clean(name))
         return found

@@ -12,6 +12,7 @@ from .calibration import Stats
 from .errors import (
     AlreadyQuantized,
     GroupSizeMismatch,
+    InvalidOption,
     NonFiniteWeight,
     NothingQuantized,
     UnsupportedDtype,
@@ -24,14 +25,14 @@ from .scheme import SCHEMES, Quantized, Scheme, get_scheme
 
 
 def quantize(
-    model: nn.Module, recipe: Any, *, stats: Stats | None = None, smooth: Any = 0.5
+    model: nn.Module, recipe: Any, *, stats: Stats | None = None, smooth: Any = None
 ) -> nn.Module:
     """Quantize the linears of ``model`` in place and return it.
 
     stats: what ``calibrate`` returned for this model: layers whose activations are quantized are
-    smoothed first (SmoothQuant), ``smooth`` (0 to 1, or by layer) of the difficulty going to the
-    weights, its inverse into the norm or linear before them. Groups for which that has no place stay
-    as they are, with a warning in the log.
+    smoothed first (SmoothQuant), ``smooth`` (0 to 1, or by layer, 0.5 unless given) of the difficulty
+    going to the weights, its inverse into the norm or linear before them. Groups for which that has
+    no place stay as they are, with a warning in the log.
 
     recipe: a scheme's name, a mapping of name patterns, rules, or a Recipe. Served are
     ``nn.Linear`` and transformers' ``Conv1D``; tied weights stay tied. Everything is checked
@@ -39,6 +40,9 @@ def quantize(
     UnsupportedDtype, NonFiniteWeight, AlreadyQuantized, NothingQuantized. A model on the meta
     device becomes a quantized one on meta, ready for ``load_state_dict(..., assign=True)``.
     """
+    if smooth is not None and stats is None:
+        expected = "stats beside it, as fxquant.calibrate returns them"
+        raise InvalidOption(name="smooth", value=smooth, expected=expected)
     rules = Recipe.of(recipe)
     plan = _plan(model, rules)
     rules.check_used(linears_of([model]))
@@ -49,7 +53,7 @@ def quantize(
         _check(name, module, scheme)
     if stats is not None:
         wanted = [name for name, (_, scheme) in plan.items() if scheme.input is not None]
-        stats.structure.fold(model, stats, smooth, wanted)
+        stats.structure.fold(model, stats, 0.5 if smooth is None else smooth, wanted)
     shared: dict[tuple[int, str], Quantized] = {}
     for name, (module, scheme) in plan.items():
         weight = weight_of(module)

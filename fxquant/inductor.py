@@ -251,9 +251,10 @@ def _overlapping(patches: dict[str, Any], tag: str) -> dict[str, Any]:
     process, or where torch cannot be asked which kernels there are."""
     if OVERLAP in patches or not {OVERLAP, FUSED} <= inductor_options():
         return {}
-    if inductor_config.triton.enable_pdl:
+    after = patches.get(FUSED)  # Inductor's cache would not ask for the uuid of one inside of ours
+    if inductor_config.triton.enable_pdl or (after is not None and not hasattr(after, "uuid")):
         return {}
-    return {OVERLAP: True, FUSED: _Overlap(tag, patches.get(FUSED))}
+    return {OVERLAP: True, FUSED: _Overlap(tag, after)}
 
 
 def compile_graph(
@@ -299,9 +300,16 @@ def emit_artifact(name: str, text: Callable[[], str]) -> None:
 @contextmanager
 def calling(module: torch.nn.Module, backend: Callable[..., Any]) -> Iterator[None]:
     """Within, calls of ``module`` run what ``backend`` makes of its graphs."""
-    before = module._compiled_call_impl
-    module.compile(backend=backend)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return module._call_impl(*args, **kwargs)
+
+    # Dynamo keeps what it compiled, and counts it, by code object: this one is used once
+    call.__code__ = call.__code__.replace(co_name=f"call_{id(backend)}")
+    before, config = module._compiled_call_impl, torch._dynamo.config
+    module._compiled_call_impl = torch.compile(call, backend=backend)
     try:
-        yield
+        with config.patch(recompile_limit=max(config.recompile_limit, 64)):
+            yield
     finally:
         module._compiled_call_impl = before

@@ -26,7 +26,7 @@ def _wide(x: torch.Tensor) -> torch.Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-@dataclass
+@dataclass(eq=False)
 class Observer:
     """The extremes that every kind knows. low, high: one value, or one for each channel."""
 
@@ -78,7 +78,7 @@ class Observer:
         self.low, self.high = low, high
 
 
-@dataclass
+@dataclass(eq=False)
 class MinMax(Observer):
     """Running extremes of all values, or of each channel (the last dimension)."""
 
@@ -101,7 +101,7 @@ class MinMax(Observer):
         self.batches += other.batches
 
 
-@dataclass
+@dataclass(eq=False)
 class MovingAverage(Observer):
     """Exponential moving average of each batch's extremes: ``momentum`` of the old, the rest new
     (Jacob et al. 2018, section 3.1). Merged averages are weighted by their numbers of batches."""
@@ -133,7 +133,7 @@ class MovingAverage(Observer):
         self.high = old_high + share * (high.to(old_high.device) - old_high)
 
 
-@dataclass
+@dataclass(eq=False)
 class TokenRange(Observer):
     """How large single tokens (rows) are: what a per-token scale will meet.
 
@@ -173,7 +173,7 @@ SLAB = 1 << 22
 """Values that a histogram bins at once: indices take eight bytes each."""
 
 
-@dataclass
+@dataclass(eq=False)
 class Histogram(Observer):
     """Counts of values in ``bins`` bins whose width is a power of two and whose edges are multiples of it.
 
@@ -190,7 +190,7 @@ class Histogram(Observer):
     settings: ClassVar = ("bins",)
 
     def update(self, x: torch.Tensor) -> None:
-        """Raises NonFiniteActivation: where a NaN belongs no histogram can say."""
+        """Raises NonFiniteStatistics: where a NaN belongs no histogram can say."""
         if x.numel() == 0:
             return
         low, high = torch.aminmax(x)
@@ -200,7 +200,7 @@ class Histogram(Observer):
         self._fit(x.device)
         assert self.counts is not None
         for part in x.detach().reshape(-1).split(SLAB):
-            index = torch.ldexp(part.double(), torch.tensor(-self.width)).floor_().long()
+            index = (part.double() * 2.0**-self.width).floor_().long()
             index = index.to(self.counts.device) - self.origin
             self.counts += torch.bincount(index, minlength=self.bins)
         self.batches += 1

@@ -65,7 +65,7 @@ def quantize(x: torch.Tensor, scheme: str, role: str) -> list[torch.Tensor]:
 @torch.library.register_fake("fxquant::quantize", lib=LIBRARY, allow_override=True)
 def _quantize_fake(x, scheme, role):  # shapes alone: the reference is a score of ops
     spec = spec_of(scheme, role)
-    per_byte = max(1, 8 // spec.bits)
+    per_byte = spec.codes_per_byte
     codes = x.new_empty((*x.shape[:-1], x.shape[-1] // per_byte), dtype=spec.codes_dtype)
     blocks = [
         1 if b == -1 else n // b for n, b in zip(x.shape, spec.block_size(x.dim()), strict=True)
@@ -92,7 +92,7 @@ def dequantize(
 
 @torch.library.register_fake("fxquant::dequantize", lib=LIBRARY, allow_override=True)
 def _dequantize_fake(codes, scale, zero, scheme, role, dtype):
-    per_byte = max(1, 8 // spec_of(scheme, role).bits)
+    per_byte = spec_of(scheme, role).codes_per_byte
     return codes.new_empty((*codes.shape[:-1], codes.shape[-1] * per_byte), dtype=dtype)
 
 

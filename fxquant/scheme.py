@@ -60,8 +60,13 @@ class QuantSpec:
 
     @property
     def codes_dtype(self) -> torch.dtype:
-        """What the codes are stored in: sub-byte ones packed into uint8."""
-        return torch.uint8 if self.bits < 8 else storage_dtype(self.dtype)
+        """What the codes are stored in: several to a byte in uint8."""
+        return torch.uint8 if self.codes_per_byte > 1 else storage_dtype(self.dtype)
+
+    @property
+    def codes_per_byte(self) -> int:
+        """1, 2 and 4 bits are packed, other widths are not."""
+        return 8 // self.bits if self.bits in (1, 2, 4) else 1
 
     def block_size(self, rank: int) -> list[int]:
         """Block of values that share a scale; -1 stands for the whole dimension."""

@@ -8,6 +8,7 @@ class.
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,10 +17,14 @@ import torch
 from torch import fx, nn
 
 from .graph import parameters
+from .inductor import storage_of
 from .passes.equalization import Group, alpha_of, groups_of, largest_inputs, smoothing_scale
 
 aten = torch.ops.aten
 log = logging.getLogger("fxquant.smoothing")
+
+STORED = (aten.t.default, aten.to.dtype)
+"""How a graph may read a parameter that is folded into: transposed, or cast by autocast."""
 
 Place = tuple[str, int]
 """A parameter's name and the dimension of it that the channels are."""
@@ -55,28 +60,46 @@ class Structure:
         for node, name in names.items():
             used = self.uses.setdefault(name, [])
             for user in node.users:
-                if user.target is aten.t.default:
-                    tags = [_tag(members, user, reader) for reader in user.users]
-                else:
-                    tags = [_tag(members, node, user)]
-                used += [tag for tag in tags if tag not in used]
+                readers = user.users if user.target in STORED else [user]
+                source = user if user.target in STORED else node
+                for tag in {_tag(members, source, reader) for reader in readers}:
+                    if tag not in used:
+                        used.append(tag)
+
+    def merge(self, other: Structure) -> None:
+        """Add what another process has seen; where the two disagree nothing is foldable."""
+        for key, found in other.groups.items():
+            self.groups[key] = found if self.groups.get(key, found) == found else ([], [])
+        for name, tags in other.uses.items():
+            mine = self.uses.setdefault(name, [])
+            mine += [tag for tag in tags if tag not in mine]
 
     def fold(
         self, model: nn.Module, stats: Mapping[str, Any], alpha: Any, wanted: Collection[str]
     ) -> None:
-        """Smooth in place every group that has one of the ``wanted`` layers. Raises InvalidOption.
+        """Smooth in place every group that has one of the ``wanted`` layers. Raises InvalidOption and
+        ShapeMismatch.
 
-        A group stays as it is, and is logged, where its inverse has nowhere to go or a parameter has
-        other uses: ``torch.compile`` with the same statistics smooths it in the graph.
+        What no batch of the calibration ran (another branch, code that Dynamo leaves alone) is not
+        known here. A group stays as it is, and is logged, where its inverse has nowhere to go or a
+        parameter has other uses: ``torch.compile`` with the same statistics smooths it in the graph.
         """
         tensors = dict(model.named_parameters(remove_duplicate=False))
-        plan = []
+        storages = Counter(storage_of(t) for t in [*tensors.values(), *model.buffers()])
+        plan, covered = [], {name for key in self.groups for name in key.split(", ")}
+        if unknown := sorted(set(wanted) - covered):
+            log.warning("not smoothed: in no graph that calibration saw: %s", ", ".join(unknown))
         for key, (weights, absorbs) in self.groups.items():
             names = key.split(", ")
             if not set(names) & set(wanted):
                 continue
-            own, largest = alpha_of(alpha, names), largest_inputs(stats, names)
-            if reason := self._obstacle(key, weights + absorbs, bool(absorbs), tensors, largest):
+            own, largest = alpha_of(alpha, names), None
+            reason = self._obstacle(key, weights + absorbs, bool(absorbs), tensors, storages)
+            if not reason:
+                name, at = weights[0]
+                largest = largest_inputs(stats, names, tensors[name].shape[at])
+                reason = "" if largest is not None else "no statistics"
+            if reason:
                 log.warning("not smoothed in place: %s: %s", key, reason)
             else:
                 plan.append((weights, absorbs, own, largest))
@@ -89,18 +112,16 @@ class Structure:
         places: list[Place],
         absorbed: bool,
         tensors: Mapping[str, torch.Tensor],
-        largest: torch.Tensor | None,
+        storages: Counter[int],
     ) -> str:
-        if largest is None:
-            return "no statistics"
         if not absorbed:
-            return "nothing before it can take up the scale"
+            return "nothing before it, as it is, can take up the scale"
         for name, _ in places:
             if name not in tensors:
                 return f"{name} is not a parameter of this model"
             if self.uses.get(name) != [key]:
                 return f"{name} is used elsewhere too"
-            if sum(t is tensors[name] for t in tensors.values()) > 1:
+            if storages[storage_of(tensors[name])] > 1:
                 return f"{name} is tied to another parameter"
         return ""
 
@@ -124,8 +145,8 @@ def _places(group: Group, names: Mapping[fx.Node, str]) -> tuple[list[Place], li
 def _place(node: Any, dimension: int, names: Mapping[fx.Node, str]) -> Place | None:
     if node in names:
         return names[node], dimension
-    if node.target is aten.t.default and node.args[0] in names:
-        return names[node.args[0]], 1 - dimension
+    if node.target in STORED and node.args[0] in names:
+        return names[node.args[0]], 1 - dimension if node.target is aten.t.default else dimension
     return None
 
 

@@ -202,7 +202,9 @@ def test_the_same_in_place_and_the_checkpoint_is_of_the_original_class(tmp_path,
     fxquant.quantize(plain, "int8dq")
     with caplog.at_level("WARNING", "fxquant"):
         fxquant.quantize(model, "int8dq", stats=stats, smooth=0.6)
-    assert "down: nothing before it can take up the scale" in caplog.text, "gelu is in the way"
+    assert "down: nothing before it, as it is, can take up the scale" in caplog.text, (
+        "gelu is in the way"
+    )
     assert sqnr(plain(x) - x, expected) < 27 and sqnr(model(x) - x, expected) > 34
     assert sqnr(model(x) - x, graph) > 30
     assert {k for k in model.state_dict() if "norm" in k} == {k for k in keys if "norm" in k}
@@ -248,3 +250,73 @@ def test_folding_leaves_any_architecture_as_it_was(architecture):
     changed = [k for k, v in model.state_dict().items() if not torch.equal(v, before[k])]
     assert len(changed) >= 2
     assert sqnr(model(**inputs)[0], expected) > 90, changed
+
+
+class Broken(nn.Module):
+    def __init__(self, gain):
+        super().__init__()
+        self.fc, self.gain = nn.Linear(16, 16), gain
+
+    def forward(self, x):
+        torch._dynamo.graph_break()
+        return self.fc(x) * self.gain
+
+
+@torch.no_grad()
+def test_blocks_that_share_a_graph_are_counted_apart():
+    model = nn.Sequential(*[Broken(10.0) for _ in range(3)]).requires_grad_(False)
+    x = torch.randn(4, 16)
+    stats = fxquant.calibrate(model, [x], compiled=False, progress=False)
+    assert set(stats) == {f"{i}.fc:input" for i in range(3)} and not stats.missed
+    for i in range(3):
+        assert stats[f"{i}.fc:input"]["minmax"].batches == 1
+        torch.testing.assert_close(stats[f"{i}.fc:input"]["minmax"].range()[1], x.max())
+        x = model[i](x)
+
+
+@torch.no_grad()
+def test_two_models_at_once_and_one_within_the_other():
+    a, b = nn.Sequential(nn.Linear(8, 8)), nn.Sequential(nn.Linear(8, 8))
+    with (
+        fxquant.Calibration(a, compiled=False) as one,
+        fxquant.Calibration(b, compiled=False) as two,
+    ):
+        b(torch.ones(1, 8))
+        a(100 * torch.ones(1, 8))
+    assert (float(one["0:input"]["minmax"].high), float(two["0:input"]["minmax"].high)) == (100, 1)
+    whole = nn.ModuleDict({"enc": a})
+    whole.forward = lambda x: whole["enc"](x)
+    quiet = {"compiled": False, "progress": False}
+    for _ in range(2):
+        assert set(fxquant.calibrate(whole, [torch.ones(1, 8)], **quiet)) == {"enc.0:input"}
+        assert set(fxquant.calibrate(a, [torch.ones(1, 8)], **quiet)) == {"0:input"}
+
+
+@torch.no_grad()
+def test_any_number_of_calibrations():
+    for i in range(12):
+        stats = fxquant.calibrate(MLP(), [torch.randn(2, 64)], compiled=False, progress=False)
+        assert len(stats) == 2, i
+
+
+@torch.no_grad()
+def test_merged_statistics_know_the_structure_and_empty_batches_reach_nothing():
+    class Expert(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.a, self.b = nn.LayerNorm(16), nn.Linear(16, 16), nn.Linear(16, 16)
+
+        def forward(self, x):
+            return self.a(self.norm(x)), self.b(x[:0])
+
+    model = Expert().eval().requires_grad_(False)
+    part = fxquant.calibrate(model, [torch.randn(3, 16)], compiled=False, progress=False)
+    assert part.missed == ["b"]
+    stats = Stats()
+    stats.merge(part)
+    assert stats.missed == ["b"]
+    before = model.norm.weight.clone()
+    fxquant.quantize(model, "int8dq", stats=stats)
+    assert not torch.equal(model.norm.weight, before)
+    with pytest.raises(fxquant.FxQuantError, match="stats beside it"):
+        fxquant.quantize(MLP(), "int8dq", smooth=0.5)

@@ -13,6 +13,9 @@ import fxquant
 from fxquant import errors, passes
 from fxquant.affine import choose_qparams_affine, dequantize_affine
 from fxquant.lowering import native
+from fxquant.observers import MinMax
+from fxquant.solvers import gptq, hqq
+from fxquant.solvers.gram import Gram
 
 from .conftest import MLP
 
@@ -152,9 +155,52 @@ def build_failed():
         native.build()
 
 
+def non_finite_activation():
+    Gram(4, layer="up").add(torch.full((2, 4), torch.nan))
+
+
+def no_calibration_data():
+    gptq.solve(torch.zeros(2, 64), fxquant.get_scheme("int4wo-32").weight, layer="up")
+
+
+def unsolvable_hessian():
+    wrong = torch.eye(32)
+    wrong[0, 1] = wrong[1, 0] = 5.0
+    state = Gram(32).add(torch.ones(3, 32)).state_dict() | {"hessian": wrong}
+    spec = fxquant.get_scheme("int4wo-32").weight
+    gptq.solve(torch.ones(2, 32), spec, Gram.from_state_dict(state), layer="up")
+
+
+def unsupported_spec():
+    hqq.solve(torch.zeros(2, 64), fxquant.get_scheme("int8wo").weight, layer="up")
+
+
+def empty_observer():
+    MinMax().range()
+
+
+def non_finite_statistics():
+    bad = torch.full((2, 64), torch.inf)
+    fxquant.calibrate(frozen(), [X, bad], compiled=False, progress=False)
+
+
+def nothing_observed():
+    fxquant.calibrate(frozen(), [], progress=False)
+
+
 CASES = {
+    non_finite_activation: (errors.NonFiniteActivation, r"up: .*NaN.*leave the batch out"),
+    no_calibration_data: (errors.NoCalibrationData, r"up: gptq .*calibrate with batches"),
+    unsolvable_hessian: (errors.UnsolvableHessian, r"up: the Hessian of 3 tokens.*damping"),
+    unsupported_spec: (errors.UnsupportedSpec, r"up: hqq cannot solve"),
+    empty_observer: (errors.EmptyObserver, r"nothing was observed; run batches"),
+    non_finite_statistics: (
+        errors.NonFiniteStatistics,
+        r"up:input: .*batch 2.*leave the batch out",
+    ),
+    nothing_observed: (errors.NothingObserved, r"there was no batch"),
     unknown_scheme: (errors.UnknownScheme, r"unknown scheme 'int9'.*: int8wo, int8dq, int4wo-32"),
-    unknown_option: (errors.UnknownOption, r"unknown option 'shceme'.*: scheme, recipe, dump_dir"),
+    unknown_option: (errors.UnknownOption, r"unknown option 'shceme'.*: scheme, recipe, stats"),
     invalid_option: (errors.InvalidOption, r"option 'strict' is 'yes': expected True or False"),
     invalid_rule: (errors.InvalidRule, r"rule 1 of the recipe, .*re:\(.*: name: .*unterminated"),
     unused_rule: (

@@ -7,7 +7,7 @@ import torch
 
 import fxquant  # noqa: F401
 from fxquant.ops import bundle
-from fxquant.scheme import SCHEMES
+from fxquant.scheme import SCHEMES, QuantSpec
 
 from .conftest import sqnr
 
@@ -37,3 +37,10 @@ def test_large_weights_are_quantized_in_slabs(scheme, monkeypatch):
     for a, b in zip(whole, SCHEMES[scheme].weight.quantize_weight(weight), strict=True):
         assert (a is None) == (b is None)
         assert a is None or (torch.equal(a.float(), b.float()) and a.dtype == b.dtype)
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_codes_are_stored_in_what_the_spec_says(bits):
+    spec = QuantSpec(dtype=getattr(torch, f"int{bits}"), granularity="channel")
+    codes = spec.quantize(torch.randn(4, 16)).codes
+    assert codes.dtype == spec.codes_dtype and codes.shape == (4, 16 // spec.codes_per_byte)

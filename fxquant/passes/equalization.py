@@ -17,8 +17,20 @@ from typing import Any
 import torch
 from torch import fx
 
-from ..errors import InvalidOption
-from ..graph import constants, emit, fake_mode, inline, layer_of, layers, move_before, note, value
+from ..errors import InvalidOption, ShapeMismatch
+from ..graph import (
+    constants,
+    emit,
+    fake_mode,
+    inline,
+    layer_of,
+    layers,
+    memory_of,
+    move_before,
+    note,
+    value,
+    written,
+)
 from ..inductor import trace_function
 from ..recipe import Recipe
 from ..scheme import get_scheme
@@ -85,7 +97,8 @@ def equalize(stats: Mapping[str, Any], alpha: Any = 0.5, recipe: Any = "int8dq")
                 continue
             if not any(_quantizes_input(gm, rules, name) for name in group.names):
                 continue
-            largest = largest_inputs(stats, group.names)
+            channels = int(value(group.linears[0].args[1]).shape[1])
+            largest = largest_inputs(stats, group.names, channels)
             if largest is None:
                 log.warning("not equalized for want of statistics: %s", ", ".join(group.names))
                 continue
@@ -105,9 +118,11 @@ def _quantizes_input(gm: fx.GraphModule, rules: Recipe, name: str) -> bool:
 
 def groups_of(gm: fx.GraphModule) -> list[Group]:
     """The groups of ``gm``'s linears with constant weights, in the order of the graph."""
-    constant = constants(gm)
+    constant, changed = constants(gm), written(gm)
     found: dict[fx.Node, Group] = {}
     for node in gm.graph.find_nodes(op="call_function", target=aten.linear.default):
+        if value(node.args[1]).dim() != 2 or memory_of(node.args[0]) & changed:
+            continue  # what one linear reads, another may read changed
         if node.args[1] in constant and node.args[0] not in constant:
             root = _root(node.args[0])
             found.setdefault(root, Group(root)).linears.append(node)
@@ -157,13 +172,13 @@ def _absorbers(node: fx.Node, constant: Mapping[fx.Node, Any]) -> list[tuple[fx.
         )
     if node.target is aten.rms_norm.default:
         return _all_constant(node, [2] if len(node.args) > 2 else [], constant, vectors=True)
-    if node.target is aten.linear.default:
+    if node.target is aten.linear.default and value(node.args[1]).dim() == 2:
         return _all_constant(node, [i for i in (1, 2) if len(node.args) > i], constant)
     if node.target is aten.mul.Tensor:
         channels = value(node).shape[-1]
         for i in (0, 1):
             vector = node.args[i] in constant and value(node.args[i]).shape == (channels,)
-            if vector:
+            if vector and value(node.args[i]).is_floating_point():
                 return [(node, i)]
         factors = [a for a in node.args[:2] if isinstance(a, fx.Node) and a not in constant]
         ways = (_absorbers(_root(a), constant) for a in factors if _alone(a, node, channels))
@@ -191,6 +206,8 @@ def _all_constant(
     if not given or given[0] != places[0]:  # a norm without a weight has nothing to divide
         return []
     if any(node.args[i] not in constant for i in given):
+        return []
+    if not all(value(node.args[i]).is_floating_point() for i in given):
         return []
     if vectors and any(value(node.args[i]).dim() != 1 for i in given):
         return []
@@ -245,7 +262,8 @@ def smoothing_scale(
     them; 1 for channels that are zero throughout on either side."""
     w_max = torch.stack([w.abs().amax(0).float() for w in weights]).amax(0)
     scale = x_max.pow(alpha) / w_max.pow(1.0 - alpha)
-    return torch.where(torch.minimum(x_max, w_max) > 0, scale, 1.0)
+    usable = (torch.minimum(x_max, w_max) > 0) & scale.isfinite() & scale.reciprocal().isfinite()
+    return torch.where(usable, scale, 1.0)
 
 
 def alpha_of(alpha: Any, names: Sequence[str]) -> float:
@@ -256,10 +274,20 @@ def alpha_of(alpha: Any, names: Sequence[str]) -> float:
     return float(own)
 
 
-def largest_inputs(stats: Mapping[str, Any], names: Sequence[str]) -> torch.Tensor | None:
-    """``max |X|`` [K] over the inputs of these layers, float32 on the CPU; None without statistics."""
-    found = (stats.get(f"{name}:input", {}).get("channel") for name in names)
-    seen = [observer.absmax.float().cpu() for observer in found if observer is not None]
+def largest_inputs(
+    stats: Mapping[str, Any], names: Sequence[str], channels: int
+) -> torch.Tensor | None:
+    """``max |X|`` [K] over the inputs of these layers, float32 on the CPU; None without statistics.
+    Raises ShapeMismatch for statistics of another width."""
+    seen = []
+    for name in names:
+        observer = stats.get(f"{name}:input", {}).get("channel")
+        if observer is None or not observer.batches:
+            continue
+        if observer.absmax.shape != (channels,):
+            what, found = f"statistics of {name}", tuple(observer.absmax.shape)
+            raise ShapeMismatch(what=what, found=found, expected=(channels,))
+        seen.append(observer.absmax.float().cpu())
     return torch.stack(seen).amax(0) if seen else None
 
 

@@ -215,3 +215,48 @@ def test_weight_only_schemes_and_layers_without_statistics_are_left_alone(caplog
     for alpha in (1.5, -0.1, "auto", {"q": 2}):
         with pytest.raises(fxquant.FxQuantError, match="smooth"):
             equalize(Stats(), alpha)
+
+
+class Reads(nn.Module):
+    """Two linears that read what ``between`` may change, behind a norm."""
+
+    def __init__(self, between, mask=None):
+        super().__init__()
+        self.norm = nn.LayerNorm(16)
+        self.a, self.b = nn.Linear(16, 16), nn.Linear(16, 16)
+        self.between, self.mask = between, mask
+
+    def forward(self, x):
+        y = self.norm(x)
+        y = y if self.mask is None else x * self.mask
+        first = self.a(y)
+        self.between(y)
+        return first, self.b(y)
+
+
+ODD = {
+    "written between": (lambda y: y[:, :3].mul_(2), None),
+    "set between": (lambda y: y[:, 0].fill_(7), None),
+    "a bool mask": (lambda y: None, torch.arange(16) % 3 > 0),
+    "whole numbers": (lambda y: None, torch.arange(16) % 5),
+    "a tiny gain": (lambda y: None, torch.where(torch.arange(16) == 3, 1e-40, 1.0)),
+}
+
+
+@pytest.mark.parametrize("case", ODD)
+@torch.no_grad()
+def test_values_that_change_and_vectors_that_are_not_floats(case):
+    between, mask = ODD[case]
+    model, x = Reads(between, mask).requires_grad_(False), torch.randn(4, 16) * 9
+    expected = model(x)
+    gm = through(trace(model, x, to="float"), equalize(observed(model, x), 1.0))
+    for a, b in zip(gm(x), expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_statistics_of_another_width_are_named():
+    model, x = decoder(), torch.randn(2, 5, 32, dtype=torch.float64)
+    stats = Stats({"input": ["channel"]})
+    stats.add("q:input", torch.randn(3, 7))
+    with pytest.raises(fxquant.FxQuantError, match=r"statistics of q has shape \(7,\)"):
+        equalize(stats)(trace(model, x, to="float"))
