@@ -22,10 +22,8 @@ import datetime
 import fcntl
 import gc
 import json
-import os
 import signal
 import statistics
-import subprocess
 import sys
 import tempfile
 import threading
@@ -34,7 +32,7 @@ import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -43,6 +41,7 @@ from typing import Any
 import numpy as np
 import torch
 from llama_model import SHAPES, TORCHAO, Decoder, Generator, build, conversion, model_bytes
+from llama_process import Watched, stop
 from llama_report import (
     GROUP,
     compare,
@@ -52,6 +51,7 @@ from llama_report import (
     merge,
     page,
     rounded,
+    save,
 )
 
 import fxquant.backend
@@ -297,64 +297,15 @@ def launch(
         print(f"{contender}: not run, no time left", flush=True)
         return
     mine = {k: getattr(args, k) for k in (*GROUP, "jobs", "date")} | {"contender": contender}
-    wanted, count = phases(args), 0
-    lines, log = args.scratch / f"{contender}.lines", args.scratch / f"{contender}.log"
-    lines.unlink(missing_ok=True)
-    started = time.time()
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as cold, log.open("w") as output:
-        caches = {n: f"{cold}/{n}" for n in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")}
-        command = [sys.executable, __file__, *argv, "--worker", contender, "--limit", str(limit)]
-        settings: dict[str, Any] = {"env": os.environ | caches, "start_new_session": True}
-        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, **settings)
-        RUNNING.append(process)
-        while (ended := _ended(process, log, started, limit)) is None:
-            count = _publish_new(lines, count, mine, publish)
-        count = _publish_new(lines, count, mine, publish)
+    wanted, count, started = phases(args), 0, time.time()
+    path = args.scratch / contender
+    command = [sys.executable, __file__, *argv, "--worker", contender, "--limit", str(limit)]
+    for reading in (watched := Watched(command, path, limit)):
+        publish([mine | reading])
+        count += 1
     print(f"{contender}: {time.time() - started:.0f} s", flush=True)
-    if missing := [mine | phase | {"failure": ended} for phase in wanted[count:]]:
+    if missing := [mine | phase | {"failure": watched.ended} for phase in wanted[count:]]:
         publish(missing)
-
-
-def _ended(process: subprocess.Popen, log: Path, started: float, limit: float) -> str | None:
-    """Why there will be no more readings, None while there may be. Waits for a second."""
-    try:
-        return f"its process ended with {process.wait(timeout=1)}: {_tail(log)}"
-    except subprocess.TimeoutExpired:
-        if time.time() - started < limit:
-            return None
-    kill(process)
-    return f"no result within {limit:.0f} s"
-
-
-RUNNING: list[subprocess.Popen] = []
-
-
-def kill(process: subprocess.Popen) -> None:
-    """With the processes that compile for it."""
-    with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-
-
-def stop(*_: object) -> None:
-    """Leave nothing running on the GPU when this process is told to end."""
-    for process in RUNNING:
-        if process.poll() is None:
-            kill(process)
-    os._exit(1)
-
-
-def _publish_new(lines: Path, count: int, mine: dict[str, Any], publish: Callable) -> int:
-    """Publish what a worker has written beyond its first ``count`` lines; how many there are."""
-    text = lines.read_text() if lines.exists() else ""
-    found = [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
-    if found[count:]:
-        publish([mine | reading for reading in found[count:]])
-    return len(found)
-
-
-def _tail(log: Path) -> str:
-    found = log.read_text(errors="replace").strip().splitlines()[-3:]
-    return " | ".join(found)[-400:]
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -393,12 +344,6 @@ def parse(argv: list[str]) -> argparse.Namespace:
     if args.prefill == 1:
         parser.error("--prefill is 0 or at least 2")
     return args
-
-
-def write(args: argparse.Namespace, report: dict[str, Any]) -> None:
-    args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "llama.json").write_text(json.dumps(report, indent=1))
-    (args.out / "llama.md").write_text(page(report))
 
 
 def draw(args: argparse.Namespace, report: dict[str, Any]) -> None:
@@ -442,12 +387,12 @@ def main(argv: list[str]) -> None:
             with lock:
                 report["readings"] = merge(report["readings"], readings)
                 compare(report["readings"], vars(args), partial(_logits_path, args))
-                write(args, report)
+                save(report, args.out)
 
         with ThreadPoolExecutor(args.jobs) as pool:
             for done in [pool.submit(launch, args, argv, n, publish) for n in args.names]:
                 done.result()
-    write(args, report)
+    save(report, args.out)
     draw(args, report)
     print(page(report))
 

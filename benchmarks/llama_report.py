@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import platform
 from collections.abc import Callable, Iterable, Sequence
@@ -283,3 +284,10 @@ def draw_kernels(readings: Any, path: Path) -> None:
     figure.tight_layout()
     figure.savefig(path, format="svg", metadata={"Date": None})
     plt.close(figure)
+
+
+def save(report: dict[str, Any], folder: Path) -> None:
+    """Write llama.json and its table, llama.md."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "llama.json").write_text(json.dumps(report, indent=1))
+    (folder / "llama.md").write_text(page(report))

@@ -8,6 +8,7 @@ names the kinds. Where values go is the caller's choice: ``collecting``; without
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -27,7 +28,7 @@ def _wide(x: torch.Tensor) -> torch.Tensor:
 
 
 @dataclass(eq=False)
-class Observer:
+class Observer(ABC):
     """The extremes that every kind knows. low, high: one value, or one for each channel."""
 
     low: torch.Tensor | None = None
@@ -37,9 +38,9 @@ class Observer:
     settings: ClassVar[tuple[str, ...]] = ()
     """Fields that say what is observed, not what was seen: merged observers agree in them."""
 
+    @abstractmethod
     def update(self, x: torch.Tensor) -> None:
         """Add the values of ``x`` [..., channels]; an empty one changes nothing."""
-        raise NotImplementedError
 
     def merge(self, other: Self) -> None:
         """Add what ``other`` has seen. Raises InvalidOption where the two observe differently."""
@@ -50,8 +51,9 @@ class Observer:
         if other.batches:
             self._add(other)
 
+    @abstractmethod
     def _add(self, other: Self) -> None:
-        raise NotImplementedError
+        """``merge``, where ``other`` has seen something."""
 
     def range(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The smallest and largest value. Raises EmptyObserver."""

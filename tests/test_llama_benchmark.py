@@ -339,4 +339,4 @@ def test_readings_are_published_as_they_come_and_a_late_process_is_ended(
     first, missing = published
     assert first[0]["tokens_per_s"] == 2.0 and first[0]["contender"] == "bf16"
     assert [r["batch"] for r in missing] == [2] and missing[0]["failure"] == "no result within 3 s"
-    assert llama.RUNNING[-1].wait(timeout=10) == -9
+    assert sys.modules["llama_process"].RUNNING[-1].wait(timeout=10) == -9

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import sympy
 import torch
 
-from ..scheme import Scheme, get_scheme
+from ..scheme import Scheme
 from . import nvrtc
 from .cuda_layout import STREAM, Format, format_of
 from .cuda_stream import (
@@ -23,15 +23,15 @@ from .cuda_stream import (
     HALF,
     SHARED_LIMIT,
     Shape,
-    aligned,
     compile_linear,
+    define_linear,
     stream_holds,
     text_of,
     warpgroup_product,
 )
 from .devices import device_row
 from .kernel import Problem, kernel
-from .triton_launch import EPILOGUES, LIBRARY, estimate, input_is
+from .triton_launch import EPILOGUES, estimate, input_is
 from .tuning import tuned_shapes
 
 SOURCES = (
@@ -213,29 +213,7 @@ def run(
     return y
 
 
-LIBRARY.define(
-    "pipeline_linear(Tensor x, Tensor? x_scale, Tensor? x_zero, Tensor[] packed, Tensor? bias,"
-    " str scheme, str epilogue, int n, ScalarType dtype) -> Tensor"
-)
-
-
-@torch.library.register_fake("fxquant::pipeline_linear", lib=LIBRARY)
-def _fake(x, x_scale, x_zero, packed, bias, scheme, epilogue, n, dtype):
-    return x.new_empty(x.shape[0], n, dtype=dtype)
-
-
-@torch.library.impl("fxquant::pipeline_linear", "CUDA", lib=LIBRARY)
-def pipeline_linear(x, x_scale, x_zero, packed, bias, scheme, epilogue, n, dtype):
-    """x[m, k] (16-bit float or int8) times the packed weight; y[m, n] in ``dtype`` (16 bits)."""
-    if x.shape[0] == 0:
-        return x.new_empty(0, n, dtype=dtype)
-    row, m = get_scheme(scheme), x.shape[0]
-    cut = cut_for(row, n, x.shape[1], m, device_row(x.device).name)
-    scale, zero = (
-        None if t is None else t.float().expand(m, 1).contiguous() for t in (x_scale, x_zero)
-    )
-    bias = None if bias is None else bias.contiguous()
-    return run(row, cut, aligned(x), scale, zero, packed, bias, n, epilogue, dtype)
+define_linear("pipeline_linear", cut_for, run)
 
 
 def whole_rows(p: Problem) -> str | None:

@@ -7,10 +7,10 @@ bytes.
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import sympy
 import torch
@@ -215,35 +215,39 @@ def run(
     return y
 
 
-def _fake(x, x_scale, x_zero, packed, bias, scheme, epilogue, n, dtype):
-    return x.new_empty(x.shape[0], n, dtype=dtype)
-
-
-LIBRARY.define(
-    "stream_linear(Tensor x, Tensor? x_scale, Tensor? x_zero, Tensor[] packed, Tensor? bias,"
-    " str scheme, str epilogue, int n, ScalarType dtype) -> Tensor"
-)
-torch.library.register_fake("fxquant::stream_linear", _fake, lib=LIBRARY)
-
-
 def aligned(x: torch.Tensor) -> torch.Tensor:
     """``x`` contiguous at a 16-byte address: copies are 16 bytes wide."""
     x = x.contiguous()
     return x if x.data_ptr() % 16 == 0 else x.clone()
 
 
-@torch.library.impl("fxquant::stream_linear", "CUDA", lib=LIBRARY)
-def stream_linear(x, x_scale, x_zero, packed, bias, scheme, epilogue, n, dtype):
-    """x[m, k] (16-bit float, int8 or float8) times the packed weight; y[m, n] in ``dtype``."""
-    if x.shape[0] == 0:
-        return x.new_empty(0, n, dtype=dtype)
-    row, m = get_scheme(scheme), x.shape[0]
-    shape = shape_for(row, n, x.shape[1], m, device_row(x.device).name)
-    scale, zero = (
-        None if t is None else t.float().expand(m, 1).contiguous() for t in (x_scale, x_zero)
+def define_linear(name: str, pick: Callable[..., Any], run: Callable[..., torch.Tensor]) -> None:
+    """The op ``fxquant::<name>``: x[m, k] (16-bit float, int8 or float8) times the packed weight, y[m, n]
+    in ``dtype``, by one ``run`` of the cut that ``pick`` finds for it."""
+
+    def linear(x, x_scale, x_zero, packed, bias, scheme, epilogue, n, dtype):
+        if x.shape[0] == 0:
+            return x.new_empty(0, n, dtype=dtype)
+        row, m = get_scheme(scheme), x.shape[0]
+        cut = pick(row, n, x.shape[1], m, device_row(x.device).name)
+        scale, zero = (
+            None if t is None else t.float().expand(m, 1).contiguous() for t in (x_scale, x_zero)
+        )
+        bias = None if bias is None else bias.contiguous()
+        return run(row, cut, aligned(x), scale, zero, packed, bias, n, epilogue, dtype)
+
+    def fake(x, x_scale, x_zero, packed, bias, scheme, epilogue, n, dtype):
+        return x.new_empty(x.shape[0], n, dtype=dtype)
+
+    LIBRARY.define(
+        f"{name}(Tensor x, Tensor? x_scale, Tensor? x_zero, Tensor[] packed, Tensor? bias,"
+        " str scheme, str epilogue, int n, ScalarType dtype) -> Tensor"
     )
-    bias = None if bias is None else bias.contiguous()
-    return run(row, shape, aligned(x), scale, zero, packed, bias, n, epilogue, dtype)
+    LIBRARY.impl(name, linear, "CUDA")
+    torch.library.register_fake(f"fxquant::{name}", fake, lib=LIBRARY)
+
+
+define_linear("stream_linear", shape_for, run)
 
 
 def compiles(p: Problem) -> str | None:
