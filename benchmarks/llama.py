@@ -290,8 +290,7 @@ def launch(
     contender: str,
     publish: Callable[[list[dict[str, Any]]], None],
 ) -> None:
-    """Run one contender in a process of its own; publish each reading when there is one, and a failure
-    for each that never came."""
+    """Run one contender in its own process; publish each reading as it comes, a failure for others."""
     limit = min(args.limit, args.deadline - time.time())
     if limit < min(args.limit, 30):
         print(f"{contender}: not run, no time left", flush=True)
