@@ -5,7 +5,7 @@ import functools
 import pytest
 import torch
 from torch._inductor import config
-from torch._inductor.utils import run_and_get_code
+from torch._inductor.utils import fresh_cache, run_and_get_code
 
 import fxquant
 from fxquant import inductor
@@ -16,7 +16,7 @@ from fxquant import inductor
 def test_inductor_gets_the_ops(scheme, dynamic):
     model = torch.nn.Sequential(torch.nn.LayerNorm(64), torch.nn.Linear(64, 64))
     torch.compiler.reset()
-    with torch.no_grad():
+    with torch.no_grad(), fresh_cache():
         run = fxquant.compile(model, scheme, dynamic=dynamic)
         y, code = run_and_get_code(run, torch.randn(3, 64))
     assert y.shape == (3, 64)
@@ -32,7 +32,7 @@ def test_the_users_own_pass_runs_after_it():
     model = torch.nn.Sequential(torch.nn.LayerNorm(64), torch.nn.Linear(64, 64))
     torch.compiler.reset()
     options = {"inductor": {"post_grad_custom_pre_pass": look}}
-    with torch.no_grad():
+    with torch.no_grad(), fresh_cache():
         fxquant.compile(model, "int8dq", **options)(torch.randn(3, 64))
     assert seen and not any("fxquant.quantize" in target for target in seen)
 
@@ -76,7 +76,7 @@ def overlap(monkeypatch, extra, **options):
 
     monkeypatch.setattr(inductor._Overlap, "__call__", spied)
     torch.compiler.reset()
-    with torch.no_grad():
+    with torch.no_grad(), fresh_cache():  # a graph from the cache has no kernels left to generate
         fxquant.compile(Model(extra), "int8wo", inductor=options)(torch.randn(3, 64))
     assert not config.triton.enable_pdl, "as it was"
     return seen
