@@ -188,7 +188,7 @@ def calibrate(
     with Calibration(model, scheme, recipe=recipe, kinds=kinds, compiled=compiled) as stats:
         count = 0
         for batch in tqdm(batches, desc="calibrate", disable=not progress):
-            args, kwargs = _arguments(batch)
+            args, kwargs = arguments(batch)
             with torch.no_grad():
                 model(*args, **kwargs)
             stats.check()
@@ -198,7 +198,8 @@ def calibrate(
     return stats
 
 
-def _arguments(batch: Any) -> tuple[Sequence[Any], Mapping[str, Any]]:
+def arguments(batch: Any) -> tuple[Sequence[Any], Mapping[str, Any]]:
+    """What the model is called with for ``batch``."""
     if isinstance(batch, Mapping):
         return (), batch
     return (batch, {}) if isinstance(batch, tuple | list) else ((batch,), {})

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from .backend import linears_of
-from .calibration import Stats
+from .calibration import Stats, arguments
 from .errors import (
     AlreadyQuantized,
     GroupSizeMismatch,
@@ -19,31 +21,54 @@ from .errors import (
 )
 from .graph import Layer
 from .modules import QuantLinear
+from .passes.equalization import alpha_of
 from .passes.quantization import FLOATS
 from .recipe import Recipe
 from .scheme import SCHEMES, Quantized, Scheme, get_scheme
+from .sequential import Target, solve_in_order
+from .smoothing import Folds
+from .solvers import SOLVERS, Record, Solution, Solver, get_solver
 
 
 def quantize(
-    model: nn.Module, recipe: Any, *, stats: Stats | None = None, smooth: Any = None
+    model: nn.Module,
+    recipe: Any,
+    *,
+    stats: Stats | None = None,
+    smooth: Any = None,
+    solver: str | Solver | None = None,
+    batches: Iterable[Any] | None = None,
+    device: torch.device | str | None = None,
+    keep: str = "cpu",
+    folder: str | Path | None = None,
+    progress: bool = True,
 ) -> nn.Module:
     """Quantize the linears of ``model`` in place and return it.
 
-    stats: what ``calibrate`` returned for this model: layers whose activations are quantized are
-    smoothed first (SmoothQuant), ``smooth`` (0 to 1, or by layer, 0.5 unless given) of the difficulty
-    going to the weights, its inverse into the norm or linear before them. Groups for which that has
-    no place stay as they are, with a warning in the log.
-
     recipe: a scheme's name, a mapping of name patterns, rules, or a Recipe. Served are
-    ``nn.Linear`` and transformers' ``Conv1D``; tied weights stay tied. Everything is checked
-    before anything is changed: UnknownScheme, InvalidRule, UnusedRule, GroupSizeMismatch,
-    UnsupportedDtype, NonFiniteWeight, AlreadyQuantized, NothingQuantized. A model on the meta
-    device becomes a quantized one on meta, ready for ``load_state_dict(..., assign=True)``.
+    ``nn.Linear`` and transformers' ``Conv1D``; tied weights stay tied. A model on the meta device
+    becomes a quantized one on meta, ready for ``load_state_dict(..., assign=True)``.
+
+    stats: what ``calibrate`` returned for this model: the ranges of static schemes, and smoothing.
+    smooth: how much of the activations' difficulty goes to the weights (SmoothQuant), where activations
+    are quantized: 0 to 1, by a mapping from layers' names, or "auto", which tries; "awq" scales the
+    weights that matter, of any scheme; False leaves them alone. 0.5 where there are statistics. The inverse
+    goes into the norm or linear before the layers, or the layers divide their inputs.
+
+    solver: how codes are found, one of ``fxquant.solvers``; None is plain round to nearest. With
+    ``batches`` (as for ``calibrate``)
+    layers are solved in the order of the graph, each on inputs that carry the error of those before,
+    which are run on ``device`` (where the model is) a segment at a time; between segments the batches'
+    values wait on the "cpu", on "disk" or on the "device" (``keep``). What is solved is written to
+    ``folder``, from which a run that was interrupted goes on.
+
+    Everything is checked before anything is changed, and nothing is before all is solved:
+    UnknownScheme, InvalidRule, UnusedRule, GroupSizeMismatch, UnsupportedDtype, NonFiniteWeight,
+    AlreadyQuantized, NothingQuantized, InvalidOption, NoCalibrationData, and those of
+    ``sequential.solve_in_order``.
     """
-    if smooth is not None and stats is None:
-        expected = "stats beside it, as fxquant.calibrate returns them"
-        raise InvalidOption(name="smooth", value=smooth, expected=expected)
-    rules = Recipe.of(recipe)
+    rules, solver = Recipe.of(recipe), None if solver is None else get_solver(solver)
+    _check_options(stats, smooth, solver, batches)
     plan = _plan(model, rules)
     rules.check_used(linears_of([model]))
     if not plan:
@@ -51,21 +76,101 @@ def quantize(
         raise NothingQuantized(reasons=f"no rule gives a scheme to a linear; linears: {present}")
     for name, (module, scheme) in plan.items():
         _check(name, module, scheme)
-    if stats is not None:
-        wanted = [name for name, (_, scheme) in plan.items() if scheme.input is not None]
-        stats.structure.fold(model, stats, 0.5 if smooth is None else smooth, wanted)
-    shared: dict[tuple[int, str], Quantized] = {}
+        if solver is not None and not solver.needs_data:  # whether it serves the scheme at all
+            solver(torch.zeros(1, scheme.weight.group_size or 1), scheme.weight, layer=name)
+    folds = Folds()
+    if stats is not None and smooth is not False:
+        schemes = {name: scheme for name, (_, scheme) in plan.items()}
+        folds = stats.structure.folds(model, stats, 0.5 if smooth is None else smooth, schemes)
+    targets = {
+        name: _target(name, module, scheme, folds, stats) for name, (module, scheme) in plan.items()
+    }
+    solved: Mapping[str, Solution] = {}
+    if batches is not None:
+        assert solver is not None
+        solved = solve_in_order(
+            model,
+            map(arguments, batches),
+            targets,
+            solver,
+            folds.rounded,
+            device=torch.device(device) if device is not None else _device(model),
+            keep=keep,
+            folder=None if folder is None else Path(folder),
+            progress=progress,
+        )
+    _convert(model, plan, targets, solver, solved)
+    folds.apply(model)
+    return model
+
+
+def _check_options(stats: Any, smooth: Any, solver: Solver | None, batches: Any) -> None:
+    if smooth not in (None, False) and stats is None:
+        expected = "stats beside it, as fxquant.calibrate returns them"
+        raise InvalidOption(name="smooth", value=smooth, expected=expected)
+    if smooth not in (None, "auto", "awq"):
+        for one in smooth.values() if isinstance(smooth, Mapping) else (smooth,):
+            alpha_of(one, [""])
+    if batches is not None and solver is None:
+        expected = f"one of {', '.join(SOLVERS)}, beside batches"
+        raise InvalidOption(name="solver", value=None, expected=expected)
+    if solver is not None and solver.needs_data and batches is None:
+        expected = f"what {solver.name} works on: an iterable of batches, as for fxquant.calibrate"
+        raise InvalidOption(name="batches", value=None, expected=expected)
+
+
+def _target(
+    name: str, module: nn.Module, scheme: Scheme, folds: Folds, stats: Stats | None
+) -> Target:
+    weight_name = f"{name}.weight"
+
+    def weight() -> torch.Tensor:
+        stored: torch.Tensor = module.weight.detach()  # type: ignore[union-attr, operator]
+        folded = folds.of(weight_name, stored)
+        return folded.t() if _is_conv1d(module) else folded
+
+    return Target(weight, scheme, folds.divisors.get(name))
+
+
+def _convert(
+    model: nn.Module,
+    plan: Mapping[str, tuple[nn.Module, Scheme]],
+    targets: Mapping[str, Target],
+    solver: Solver | None,
+    solved: Mapping[str, Solution],
+) -> None:
+    """Put QuantLinears in the places of linears. Tied weights get the same codes."""
+    shared: dict[tuple[int, str], tuple[Quantized, Record | None]] = {}
     for name, (module, scheme) in plan.items():
-        weight = weight_of(module)
+        target, weight = targets[name], _parameter(module)
         key = (id(weight), scheme.name)
         if key not in shared:
-            with torch.no_grad():
-                shared[key] = scheme.weight.quantize_weight(weight)
-        new = QuantLinear(scheme.name, shared[key], module.bias, weight.shape[1])  # type: ignore
+            shared[key] = solved.get(name) or _codes(name, target, solver)
+        codes, record = shared[key]
+        new = QuantLinear(
+            scheme.name,
+            codes.to(weight.device),
+            module.bias,  # type: ignore[arg-type]
+            weight_of(module).shape[1],
+            smoothing=target.smoothing,
+            qparams=target.qparams,
+        )
+        new.record = record
         new.train(module.training)
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, new)
-    return model
+
+
+@torch.no_grad()
+def _codes(name: str, target: Target, solver: Solver | None) -> tuple[Quantized, Record | None]:
+    weight, spec = target.weight(), target.scheme.weight
+    if solver is None or weight.is_meta:
+        return spec.quantize_weight(weight), None
+    return solver(weight, spec, layer=name)
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
 
 
 def weight_of(module: nn.Module) -> torch.Tensor:

@@ -173,3 +173,10 @@ class NonFiniteStatistics(FxQuantError, ValueError):
 
 class NothingObserved(FxQuantError, ValueError):
     message = "no batch reached a linear that the recipe quantizes: {reason}"
+
+
+class ResumeMismatch(FxQuantError, ValueError):
+    message = (
+        "{path} was solved from other weights, batches or settings (or by another version); go on "
+        "with what it was begun with, or give another folder"
+    )

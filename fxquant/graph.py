@@ -243,17 +243,22 @@ def written(gm: fx.GraphModule) -> set[fx.Node]:
     """Nodes whose memory an op of the graph writes to, followed back through views."""
     found: set[fx.Node] = set()
     for node in gm.graph.nodes:
-        schema = getattr(node.target, "_schema", None)
-        if isinstance(node.target, HigherOrderOperator):
-            continue
-        if schema is None or not schema.is_mutable:
-            continue
-        for argument, actual in zip(schema.arguments, node.args, strict=False):
-            if argument.alias_info is not None and argument.alias_info.is_write:
-                for base in [actual] if isinstance(actual, fx.Node) else actual or ():
-                    while isinstance(base, fx.Node) and base not in found:
-                        found.add(base)
-                        base = base.args[0] if base.args else None
+        for base in writes(node):
+            while isinstance(base, fx.Node) and base not in found:
+                found.add(base)
+                base = base.args[0] if base.args else None
+    return found
+
+
+def writes(node: fx.Node) -> list[fx.Node]:
+    """The inputs of ``node`` that it writes to."""
+    schema = getattr(node.target, "_schema", None)
+    if isinstance(node.target, HigherOrderOperator) or schema is None or not schema.is_mutable:
+        return []
+    found: list[fx.Node] = []
+    for argument, actual in zip(schema.arguments, node.args, strict=False):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            found += [actual] if isinstance(actual, fx.Node) else list(actual or ())  # type: ignore
     return found
 
 

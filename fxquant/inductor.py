@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._dynamo.exc import TorchDynamoException as DynamoError
 from torch._dynamo.source import ConstantSource
 from torch._guards import TracingContext, tracing
 from torch._inductor import config as inductor_config
@@ -23,12 +24,14 @@ from torch._logging import trace_structured
 from torch._ops import HigherOrderOperator
 from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 __all__ = [
+    "DynamoError",
     "FakeTensor",
     "FakeTensorMode",
     "HigherOrderOperator",
+    "Regions",
     "calling",
     "compile_graph",
     "emit_artifact",
@@ -42,8 +45,10 @@ __all__ = [
     "storage_of",
     "trace_decomposed",
     "trace_function",
+    "tree_flatten",
     "tree_leaves",
     "tree_map",
+    "tree_unflatten",
 ]
 
 _InferenceAware: Any = getattr(custom_graph_pass, "CustomInferenceAwareGraphPass", CustomGraphPass)
@@ -51,30 +56,45 @@ _SchedulerPass: Any = getattr(custom_graph_pass, "CustomSchedulerPass", object)
 """From 2.12 on Inductor's cache asks for a uuid; 2.11 hashes the pass itself."""
 
 
-class _KeepMeta(fx.Interpreter):
-    """Runs a graph so that the nodes traced from a node inherit its provenance.
+class Regions:
+    """The autocast regions that a pre-dispatch graph records: running it node by node does not enter
+    them (torch.autocast itself would be recorded again), this does, around each node."""
 
-    Pre-dispatch tracing records where autocast is entered and left, and does not enter it: here it
-    is in force around each node, or values would have the dtypes of no autocast.
-    """
+    def __init__(self) -> None:
+        self._open: list[tuple[Any, ...]] = []
+
+    @contextmanager
+    def around(self, node: fx.Node) -> Iterator[None]:
+        if node.target is torch.amp.autocast_mode._exit_autocast:
+            self._open.pop()
+        with _autocast(self._open):
+            yield
+        if node.target is torch.amp.autocast_mode._enter_autocast:
+            self._open.append(node.args)
+
+    @staticmethod
+    def marks(node: fx.Node) -> bool:
+        """Whether ``node`` is the beginning or the end of one."""
+        ends = (torch.amp.autocast_mode._enter_autocast, torch.amp.autocast_mode._exit_autocast)
+        return node.target in ends
+
+
+class _KeepMeta(fx.Interpreter):
+    """Runs a graph so that the nodes traced from a node inherit its provenance, and have the dtypes of
+    the autocast regions that they stand in."""
 
     def __init__(self, gm: fx.GraphModule):
         super().__init__(gm)
-        self.regions: list[tuple[Any, ...]] = []
+        self.regions = Regions()
 
     def run_node(self, n: fx.Node) -> Any:
-        if n.target is torch.amp.autocast_mode._exit_autocast:
-            self.regions.pop()
-        with fx.traceback.set_current_meta(n), _autocast(self.regions):
-            result = super().run_node(n)
-        if n.target is torch.amp.autocast_mode._enter_autocast:
-            self.regions.append(n.args)
-        return result
+        with fx.traceback.set_current_meta(n), self.regions.around(n):
+            return super().run_node(n)
 
 
 @contextmanager
 def _autocast(regions: Sequence[tuple[Any, ...]]) -> Iterator[None]:
-    """The innermost region's device, dtype and switch; torch.autocast itself would be recorded."""
+    """The innermost region's device, dtype and switch."""
     if not regions:
         yield
         return
@@ -298,8 +318,11 @@ def emit_artifact(name: str, text: Callable[[], str]) -> None:
 
 
 @contextmanager
-def calling(module: torch.nn.Module, backend: Callable[..., Any]) -> Iterator[None]:
-    """Within, calls of ``module`` run what ``backend`` makes of its graphs."""
+def calling(
+    module: torch.nn.Module, backend: Callable[..., Any], *, whole: bool = False
+) -> Iterator[None]:
+    """Within, calls of ``module`` run what ``backend`` makes of its graphs; with ``whole``, of the one
+    graph of all of it, or torch says where it breaks."""
 
     def call(*args: Any, **kwargs: Any) -> Any:
         return module._call_impl(*args, **kwargs)
@@ -307,7 +330,7 @@ def calling(module: torch.nn.Module, backend: Callable[..., Any]) -> Iterator[No
     # Dynamo keeps what it compiled, and counts it, by code object: this one is used once
     call.__code__ = call.__code__.replace(co_name=f"call_{id(backend)}")
     before, config = module._compiled_call_impl, torch._dynamo.config
-    module._compiled_call_impl = torch.compile(call, backend=backend)
+    module._compiled_call_impl = torch.compile(call, backend=backend, fullgraph=whole)
     try:
         with config.patch(recompile_limit=max(config.recompile_limit, 64)):
             yield

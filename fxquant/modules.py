@@ -1,4 +1,4 @@
-"""QuantLinear: the holder of canonical codes and qparams of a linear."""
+"""QuantLinear: the holder of canonical codes and qparams of a linear, and of its inputs' qparams."""
 
 from __future__ import annotations
 
@@ -13,13 +13,38 @@ from .scheme import Quantized, Scheme, get_scheme
 from .weights import RESIDENTS
 
 CANONICAL = ("codes", "scale", "zero")
+INPUT = ("smoothing", "input_scale", "input_zero")
+
+Qparams = tuple[torch.Tensor, torch.Tensor | None]
+
+
+def smoothed(x: torch.Tensor, smoothing: torch.Tensor) -> torch.Tensor:
+    """``x`` [..., K] with each channel divided, in float32, rounded once."""
+    wide = x if x.dtype == torch.float64 else x.float()
+    return (wide / smoothing).to(x.dtype)
+
+
+def quantized_input(
+    x: torch.Tensor, scheme: Scheme, smoothing: torch.Tensor | None, qparams: Qparams | None
+) -> torch.Tensor:
+    """The input ``x`` [..., K] of a QuantLinear through its codes, in the dtype of ``x``."""
+    x = x if smoothing is None else smoothed(x, smoothing.to(x.device))
+    if scheme.input is None:
+        return x
+    if qparams is None:
+        return scheme.input.dequantize(scheme.input.quantize(x), x.dtype)
+    scale, zero = (None if t is None else t.to(x.device) for t in qparams)
+    codes = torch.ops.fxquant.quantize_static(x, scale, zero, scheme.name)
+    return torch.ops.fxquant.dequantize(codes, scale, zero, scheme.name, "input", x.dtype)
 
 
 class QuantLinear(nn.Module):
     """``y = x @ dequantize(codes, scale, zero).T + bias`` in the arithmetic of its scheme.
 
     codes [N, K] (sub-byte ones packed along K), scale [N, K / block], zero like scale or None;
-    bias [N] or None. Once a compiled graph holds the packed weight, the canonical tensors give up
+    bias [N] or None. smoothing [K] float32 or None: what the inputs are divided by first, where no norm
+    before the layer could take that up. input_scale [1] float32, input_zero [1] int32 or None: of a
+    static scheme. Once a compiled graph holds the packed weight, the canonical tensors give up
     their memory; they are rebuilt when something reads them: ``codes``, ``scale``, ``zero``,
     ``state_dict()``, ``to()``, copying, running eagerly.
     """
@@ -27,14 +52,30 @@ class QuantLinear(nn.Module):
     _codes: torch.Tensor
     _scale: torch.Tensor
     _zero: torch.Tensor | None
+    smoothing: torch.Tensor | None
+    input_scale: torch.Tensor | None
+    input_zero: torch.Tensor | None
 
-    def __init__(self, scheme: str, q: Quantized, bias: torch.Tensor | None, in_features: int):
+    def __init__(
+        self,
+        scheme: str,
+        q: Quantized,
+        bias: torch.Tensor | None,
+        in_features: int,
+        *,
+        smoothing: torch.Tensor | None = None,
+        qparams: Qparams | None = None,
+    ):
         super().__init__()
         self.scheme = scheme
         self.in_features = in_features
         self.out_features = q.codes.shape[0]
         for name, tensor in zip(CANONICAL, q, strict=True):
             self.register_buffer(f"_{name}", tensor)
+        for name, tensor in zip(INPUT, (smoothing, *(qparams or (None, None))), strict=True):
+            self.register_buffer(name, tensor)
+        self.record: Any = None
+        """What the solver of the codes noted (solvers.Record); not in checkpoints."""
         self.bias = bias if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
         self._watch()
 
@@ -48,9 +89,14 @@ class QuantLinear(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not torch.compiler.is_compiling():
             self._restore()
-        return torch.ops.fxquant.linear(
-            x, self._codes, self._scale, self._zero, self.bias, self.scheme, ""
-        )
+        if self.smoothing is not None:
+            x = smoothed(x, self.smoothing)
+        weight = (self._codes, self._scale, self._zero, self.bias, self.scheme, "")
+        if self.input_scale is None:
+            return torch.ops.fxquant.linear(x, *weight)
+        qparams = self.input_scale, self.input_zero
+        codes = torch.ops.fxquant.quantize_static(x, *qparams, self.scheme)
+        return torch.ops.fxquant.linear(codes, *weight, *qparams, x.dtype)
 
     @property
     def codes(self) -> torch.Tensor:
@@ -96,12 +142,12 @@ class QuantLinear(nn.Module):
     def _apply(self, fn: Any, recurse: bool = True) -> QuantLinear:
         """Moves between devices; dtypes of codes and qparams belong to the scheme and stay."""
         self._restore()
-        kept = self._tensors()
+        kept = dict(self._buffers)
         super()._apply(fn, recurse)
-        for name, old in zip(CANONICAL, kept, strict=True):
-            new = self._buffers[f"_{name}"]
+        for name, old in kept.items():
+            new = self._buffers[name]
             if old is not None and new is not None and new.dtype != old.dtype:
-                self._buffers[f"_{name}"] = old.to(new.device)
+                self._buffers[name] = old.to(new.device)
         self._watch()
         return self
 
@@ -109,14 +155,32 @@ class QuantLinear(nn.Module):
         for name, tensor in zip(CANONICAL, self.canonical(), strict=True):
             if tensor is not None:
                 destination[prefix + name] = tensor
+        for name in INPUT:
+            tensor = self._buffers[name]
+            if tensor is not None:
+                destination[prefix + name] = tensor if keep_vars else tensor.detach()
         if self.bias is not None:
             destination[prefix + "bias"] = self.bias if keep_vars else self.bias.detach()
 
     def _load_from_state_dict(
         self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors
     ):
-        """Own copies of the tensors are kept, with ``assign`` too: their memory may be given up."""
+        """Own copies of the tensors are kept, with ``assign`` too: their memory may be given up.
+
+        Whether inputs are smoothed is the checkpoint's to say, so ``smoothing`` comes and goes with it.
+        """
         self._restore()
+        assign = bool(local_metadata.get("assign_to_params_buffers"))
+        for name, shape in {
+            "smoothing": self.in_features,
+            "input_scale": 1,
+            "input_zero": 1,
+        }.items():
+            found: list[str] = []
+            self._load_input(
+                name, shape, state_dict.get(prefix + name), prefix, assign, found, errors
+            )
+            missing.extend(found if strict else [])
         for name, tensor in zip(CANONICAL, self._tensors(), strict=True):
             if tensor is None:
                 continue
@@ -130,7 +194,7 @@ class QuantLinear(nn.Module):
                 errors.append(
                     str(ShapeMismatch(what=prefix + name, found=found, expected=expected))
                 )
-            elif tensor.device.type == "meta" or local_metadata.get("assign_to_params_buffers"):
+            elif tensor.device.type == "meta" or assign:
                 self._buffers[f"_{name}"] = given.detach().clone()
             else:
                 with torch.no_grad():
@@ -140,15 +204,44 @@ class QuantLinear(nn.Module):
             if key not in state_dict:
                 if strict:
                     missing.append(key)
-            elif bias.device.type == "meta" or local_metadata.get("assign_to_params_buffers"):
+            elif bias.device.type == "meta" or assign:
                 self.bias = nn.Parameter(state_dict[key].detach(), requires_grad=False)
             else:
                 with torch.no_grad():
                     bias.copy_(state_dict[key])
         if strict:
-            known = {prefix + n for n in (*CANONICAL, "bias")}
+            held = [name for name in INPUT if self._buffers[name] is not None]
+            known = {prefix + n for n in (*CANONICAL, *held, "bias")}
             unexpected.extend(k for k in state_dict if k.startswith(prefix) and k not in known)
         self._watch()
+
+    def _load_input(
+        self,
+        name: str,
+        size: int,
+        given: torch.Tensor | None,
+        prefix: str,
+        assign: bool,
+        missing: list[str],
+        errors: list[str],
+    ) -> None:
+        """Take over one of INPUT, [size], from a checkpoint that has it as ``given``."""
+        held = self._buffers[name]
+        if given is None:
+            if name == "smoothing":
+                self._buffers[name] = None
+            elif held is not None:
+                missing.append(prefix + name)
+        elif given.shape != (size,):
+            found, expected = list(given.shape), [size]
+            errors.append(str(ShapeMismatch(what=prefix + name, found=found, expected=expected)))
+        elif held is None and name != "smoothing":
+            return  # unexpected: the scheme has no place for it
+        elif held is None or held.is_meta or assign:
+            device = None if self._codes.is_meta else self._codes.device
+            self._buffers[name] = given.detach().to(device, copy=True)
+        else:
+            held.copy_(given)
 
     def __getstate__(self) -> dict[str, Any]:
         self._restore()

@@ -34,6 +34,9 @@ class Quantized(NamedTuple):
     scale: torch.Tensor
     zero: torch.Tensor | None
 
+    def to(self, device: torch.device) -> Quantized:
+        return Quantized(*(None if t is None else t.to(device) for t in self))  # type: ignore[arg-type]
+
 
 SLAB = 1 << 23
 """Weights that are quantized at once: the arithmetic takes some twenty bytes for each."""

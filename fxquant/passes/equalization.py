@@ -102,8 +102,10 @@ def equalize(stats: Mapping[str, Any], alpha: Any = 0.5, recipe: Any = "int8dq")
             if largest is None:
                 log.warning("not equalized for want of statistics: %s", ", ".join(group.names))
                 continue
-            _smooth(gm, group, largest, alpha_of(alpha, group.names))
-            changed = True
+            own = alpha_of(alpha, group.names)
+            if own is not None:
+                _smooth(gm, group, largest, own)
+                changed = True
         return changed
 
     return Pass(rewrite, requires=("float", "observed"), name="equalize")
@@ -266,11 +268,15 @@ def smoothing_scale(
     return torch.where(usable, scale, 1.0)
 
 
-def alpha_of(alpha: Any, names: Sequence[str]) -> float:
-    """The alpha of a group, by its first layer's name. Raises InvalidOption if it is none."""
+def alpha_of(alpha: Any, names: Sequence[str]) -> float | None:
+    """The alpha of a group, by its first layer's name; None where it is to be left as it is. Raises
+    InvalidOption if it is none."""
     own = alpha.get(names[0], 0.5) if isinstance(alpha, Mapping) else alpha
-    if not isinstance(own, int | float) or not 0.0 <= own <= 1.0:
-        raise InvalidOption(name="smooth", value=own, expected="a number from 0 to 1")
+    if own is None or own is False:
+        return None
+    if not isinstance(own, int | float) or isinstance(own, bool) or not 0.0 <= own <= 1.0:
+        expected = 'a number from 0 to 1, "auto", "awq" or False'
+        raise InvalidOption(name="smooth", value=own, expected=expected)
     return float(own)
 
 

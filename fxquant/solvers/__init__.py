@@ -6,8 +6,9 @@ own quantization holds them, and a Record of the error on the data.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from . import awq, gptq, hqq, rtn
 from .awq import ScaleSearch, search_scales
 from .gram import Gram
 from .objective import Record, Solution, output_error
+from .smoothquant import LeastError, least_error
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,10 +77,19 @@ SOLVERS: dict[str, Solver] = {
 }
 
 
-def get_solver(name: str) -> Solver:
-    """The solver called ``name``. Raises InvalidOption, which lists what exists."""
+def get_solver(name: str | Solver, **options: Any) -> Solver:
+    """The solver called ``name``, with some of its function's options. Raises InvalidOption, which lists
+    what exists."""
+    if isinstance(name, Solver):
+        return name
     try:
-        return SOLVERS[name]
+        found = SOLVERS[name]
+        known = list(inspect.signature(found.function).parameters)[3:]
+        for option in options:
+            if option not in known or option == "layer":
+                expected = f"an option of {name}: {', '.join(known[:-1])}"
+                raise InvalidOption(name=option, value=options[option], expected=expected)
+        return replace(found, options={**found.options, **options})
     except (KeyError, TypeError):
         expected = f"one of {', '.join(SOLVERS)}"
         raise InvalidOption(name="solver", value=name, expected=expected) from None
@@ -87,6 +98,7 @@ def get_solver(name: str) -> Solver:
 __all__ = [
     "SOLVERS",
     "Gram",
+    "LeastError",
     "Record",
     "ScaleSearch",
     "Solution",
@@ -95,6 +107,7 @@ __all__ = [
     "get_solver",
     "gptq",
     "hqq",
+    "least_error",
     "output_error",
     "rtn",
     "search_scales",

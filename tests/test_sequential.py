@@ -1,0 +1,281 @@
+"""Sequential solving: equal to a reference that runs the whole model again for each stage."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import fxquant
+from fxquant.errors import (
+    CaptureFailed,
+    InvalidOption,
+    NoCalibrationData,
+    NonFiniteActivation,
+    NothingObserved,
+    ResumeMismatch,
+    UnsupportedSpec,
+)
+from fxquant.scheme import get_scheme
+from fxquant.solvers import Gram, get_solver
+
+from .conftest import MLP, Block, sqnr
+from .test_architectures import llama, made
+
+QUIET = {"progress": False}
+
+
+class FakeQuantized(nn.Module):
+    """What the reference puts in the place of a solved linear."""
+
+    def __init__(self, linear, scheme, codes):
+        super().__init__()
+        self.weight = scheme.weight.dequantize(codes, linear.weight.dtype)
+        self.bias, self.input = linear.bias, scheme.input
+
+    def forward(self, x):
+        if self.input is not None:
+            x = self.input.dequantize(self.input.quantize(x), x.dtype)
+        return F.linear(x, self.weight, self.bias)
+
+
+@torch.no_grad()
+def reference(model, batches, stages, scheme, solver):
+    """Codes by layer: the whole model is run again for each stage, with hooks."""
+    model, scheme, found = copy.deepcopy(model), get_scheme(scheme), {}
+    for stage in stages:
+        grams, hooks = {}, []
+        for name in stage:
+            module = model.get_submodule(name)
+            grams[name] = Gram(module.in_features, dtype=module.weight.dtype)
+
+            def count(_, args, gram=grams[name]):
+                gram.add(args[0])
+
+            hooks.append(module.register_forward_pre_hook(count))
+        for batch in batches:
+            model(**batch) if isinstance(batch, dict) else model(batch)
+        for hook in hooks:
+            hook.remove()
+        for name in stage:
+            linear = model.get_submodule(name)
+            found[name] = get_solver(solver)(linear.weight, scheme.weight, grams[name]).quantized
+            parent, _, child = name.rpartition(".")
+            quantized = FakeQuantized(linear, scheme, found[name])
+            setattr(model.get_submodule(parent), child, quantized)
+    return found
+
+
+def stages_of(blocks, prefix=""):
+    parts = (("q", "k", "v"), ("gate", "up"), ("down",))
+    return [[f"{prefix}{i}.{n}" for n in stage] for i in range(blocks) for stage in parts]
+
+
+@pytest.mark.parametrize("scheme", ["int4wo-32", "8da4w-32"])
+def test_equals_running_the_whole_model_again_for_each_stage(scheme):
+    model = nn.Sequential(*(Block(32) for _ in range(2))).double().eval().requires_grad_(False)
+    batches = [torch.randn(2, n, 32, dtype=torch.float64) for n in (5, 9, 5, 12)]
+    wanted = reference(model, batches, stages_of(2), scheme, "gptq")
+    fxquant.quantize(model, scheme, solver="gptq", batches=batches, **QUIET)
+    assert len(wanted) == 12
+    for name, codes in wanted.items():
+        module = model.get_submodule(name)
+        assert torch.equal(module.codes, codes.codes), name
+        assert torch.equal(module.scale, codes.scale), name
+        assert module.record.solver == "gptq" and module.record.tokens == 62
+
+
+def test_a_decoder_of_transformers_with_ragged_batches():
+    model, inputs = made(llama)
+    model = model.double()
+    batches = [{"input_ids": inputs["input_ids"][:, :n]} for n in (9, 6, 7)]
+    attention = "model.layers.0.self_attn."
+    stages = [[f"{attention}{n}_proj" for n in "qkv"], [f"{attention}o_proj"]]
+    stages += [[f"model.layers.0.mlp.{n}_proj" for n in ("gate", "up")]]
+    stages += [["model.layers.0.mlp.down_proj"], ["lm_head"]]
+    wanted = reference(model, batches, stages, "int4wo-32", "gptq")
+    fxquant.quantize(model, "int4wo-32", solver="gptq", batches=iter(batches), **QUIET)
+    for name, codes in wanted.items():
+        assert torch.equal(model.get_submodule(name).codes, codes.codes), name
+
+
+def test_errors_of_earlier_layers_are_made_up_for():
+    torch.manual_seed(1)
+    model = nn.Sequential(*(Block(64) for _ in range(2))).eval().requires_grad_(False)
+    mix = torch.randn(64, 64) / 4
+    data = [torch.randn(4, 16, 64) @ mix for _ in range(6)]
+    x = torch.randn(8, 16, 64) @ mix
+    expected = model(x)
+    plain = fxquant.quantize(copy.deepcopy(model), "int4wo-32")
+    fxquant.quantize(model, "int4wo-32", solver="gptq", batches=data, **QUIET)
+    assert sqnr(model(x), expected) > sqnr(plain(x), expected) + 1.5
+
+
+@pytest.mark.parametrize("keep", ["disk", "device"])
+def test_where_values_wait_makes_no_difference(keep):
+    model = nn.Sequential(Block(32), nn.ReLU(inplace=True), Block(32)).eval().requires_grad_(False)
+    data = [torch.randn(2, 5, 32) for _ in range(3)]
+    other, given = copy.deepcopy(model), [x.clone() for x in data]
+    fxquant.quantize(model, "int4wo-32", solver="gptq", batches=data, **QUIET)
+    fxquant.quantize(other, "int4wo-32", solver="gptq", batches=data, keep=keep, **QUIET)
+    assert all(torch.equal(a, b) for a, b in zip(given, data, strict=True))
+    mine, theirs = model.state_dict(), other.state_dict()
+    assert mine.keys() == theirs.keys() and all(torch.equal(mine[k], theirs[k]) for k in mine)
+
+
+def interrupted_after(count: int):
+    """GPTQ that stops at the layer after ``count`` ones; what it was asked for is listed."""
+    asked: list[str] = []
+
+    def solve(weight, spec, gram=None, *, layer="weight", **options):
+        if len(asked) == count:
+            raise KeyboardInterrupt
+        asked.append(layer)
+        return get_solver("gptq")(weight, spec, gram, layer=layer, **options)
+
+    return replace(get_solver("gptq"), function=solve), asked
+
+
+def test_an_interrupted_run_changes_nothing_and_goes_on_where_it_was(tmp_path):
+    model = nn.Sequential(*(Block(32) for _ in range(3))).eval().requires_grad_(False)
+    data = [torch.randn(2, 5, 32) for _ in range(3)]
+    whole, before = copy.deepcopy(model), {k: v.clone() for k, v in model.state_dict().items()}
+    fxquant.quantize(whole, "int4wo-32", solver="gptq", batches=data, **QUIET)
+    run = {"recipe": "int4wo-32", "batches": data, "folder": tmp_path / "run", **QUIET}
+    first, asked = interrupted_after(14)
+    with pytest.raises(KeyboardInterrupt):
+        fxquant.quantize(model, solver=first, **run)
+    now = model.state_dict()
+    assert now.keys() == before.keys() and all(torch.equal(now[k], before[k]) for k in now)
+    second, rest = interrupted_after(-1)
+    fxquant.quantize(model, solver=second, **run)
+    assert 0 < len(rest) < 18 and rest[-1] == "2.down"
+    assert set(asked) | set(rest) == {n for stage in stages_of(3) for n in stage}
+    mine, theirs = model.state_dict(), whole.state_dict()
+    assert all(torch.equal(mine[k], theirs[k]) for k in theirs)
+    assert model.get_submodule("0.q").record == whole.get_submodule("0.q").record
+
+
+@pytest.mark.parametrize("what", ["weights", "batches", "scheme", "options"])
+def test_a_folder_of_another_run_is_refused(tmp_path, what):
+    model = MLP().eval().requires_grad_(False)
+    data = [torch.randn(6, 64)]
+    run = {"recipe": "int4wo-32", "solver": "gptq", "batches": data, "folder": tmp_path, **QUIET}
+    fxquant.quantize(copy.deepcopy(model), **run)
+    if what == "weights":
+        model.up.weight[3, 5] += 1
+    run |= {
+        "weights": {},
+        "batches": {"batches": [torch.randn(6, 64)]},
+        "scheme": {"recipe": "int4wo-64"},
+        "options": {"solver": get_solver("gptq", act_order=False)},
+    }[what]
+    with pytest.raises(ResumeMismatch, match="another folder"):
+        fxquant.quantize(model, **run)
+    assert isinstance(model.up, nn.Linear)
+
+
+class Sometimes(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.never, self.tied = (nn.Linear(32, 32) for _ in range(3))
+        self.tied.weight = self.first.weight
+
+    def forward(self, x):
+        return self.tied(self.first(x).relu_())
+
+
+def test_what_no_batch_reaches_is_an_error_before_anything_changes():
+    model = Sometimes().eval().requires_grad_(False)
+    data = [torch.randn(5, 32)]
+    with pytest.raises(NoCalibrationData, match="never: gptq"):
+        fxquant.quantize(model, "int4wo-32", solver="gptq", batches=data, **QUIET)
+    assert isinstance(model.first, nn.Linear)
+    recipe = {"never": None, "*": "int4wo-32"}
+    fxquant.quantize(model, recipe, solver="gptq", batches=data, **QUIET)
+    assert torch.equal(model.first.codes, model.tied.codes), "tied weights stay tied"
+    assert isinstance(model.never, nn.Linear)
+
+
+class Breaks(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(32, 32)
+
+    def forward(self, x):
+        torch._dynamo.graph_break()
+        return self.fc(x)
+
+
+def test_bad_input_is_named():
+    model = MLP().eval().requires_grad_(False)
+    good, bad = torch.randn(4, 64), torch.randn(4, 64)
+    bad[2, 7] = torch.inf
+    gptq = {"solver": "gptq", **QUIET}
+    with pytest.raises(NothingObserved, match="there was no batch"):
+        fxquant.quantize(model, "int4wo-32", batches=[], **gptq)
+    with pytest.raises(NonFiniteActivation, match=r"^up: .*channel 7"):
+        fxquant.quantize(model, "int4wo-32", batches=[good, bad], **gptq)
+    with pytest.raises(CaptureFailed, match="one graph"):
+        broken = Breaks().eval().requires_grad_(False)
+        fxquant.quantize(nn.Sequential(broken), "int4wo-32", batches=[torch.randn(2, 32)], **gptq)
+    with pytest.raises(InvalidOption, match="batches"):
+        fxquant.quantize(model, "int4wo-32", solver="gptq")
+    with pytest.raises(InvalidOption, match="keep"):
+        fxquant.quantize(model, "int4wo-32", batches=[good], keep="attic", **gptq)
+    with pytest.raises(InvalidOption, match="one of rtn"):
+        fxquant.quantize(model, "int4wo-32", solver="gptqq", batches=[good])
+    with pytest.raises(InvalidOption, match="block_size"):
+        get_solver("gptq", block=64)
+    with pytest.raises(InvalidOption, match="solver"):
+        fxquant.quantize(model, "int4wo-32", batches=[good])
+    assert isinstance(model.up, nn.Linear) and isinstance(model.down, nn.Linear)
+
+
+class Mixed(nn.Module):
+    """Autocast in the middle: the region must not be cut, and is in force where it was."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = (nn.Linear(32, 32) for _ in range(3))
+
+    def forward(self, x):
+        x = self.a(x)
+        with torch.autocast("cpu", torch.bfloat16):
+            x = torch.mm(self.b(x), x.T) @ x
+        return self.c(x.float())
+
+
+def test_autocast_regions():
+    model = Mixed().eval().requires_grad_(False)
+    data = [torch.randn(6, 32) for _ in range(2)]
+    expected = model(data[0])
+    fxquant.quantize(model, "int8wo", solver="gptq", batches=data, **QUIET)
+    assert model.b.record.tokens == 12
+    assert sqnr(model(data[0]), expected) > 30
+
+
+@pytest.mark.parametrize("solver", ["rtn", "mse", "hqq"])
+def test_solvers_without_data(solver):
+    model = MLP().eval().requires_grad_(False)
+    plain = fxquant.quantize(copy.deepcopy(model), "int4wo-32")
+    weight = model.up.weight.clone()
+    fxquant.quantize(model, "int4wo-32", solver=solver)
+    assert model.up.record.solver == solver and model.up.record.tokens == 0
+    error, other = ((m.up.weight - weight).square().sum() for m in (model, plain))
+    same = torch.equal(model.up.codes, plain.up.codes)
+    assert same == (solver == "rtn")
+    if solver == "mse":
+        assert error < other
+
+
+def test_a_solver_that_does_not_serve_a_scheme_says_so_before_anything_changes():
+    model = MLP().requires_grad_(False)
+    recipe = {"up": "int4wo-32", "down": "int8wo"}
+    with pytest.raises(UnsupportedSpec, match=r"^down: hqq cannot solve"):
+        fxquant.quantize(model, recipe, solver="hqq")
+    assert isinstance(model.up, nn.Linear)
