@@ -9,7 +9,7 @@ from .conversion import quantize
 from .errors import FxQuantError
 from .modules import QuantLinear
 from .recipe import Recipe, Rule
-from .report import Report, explain
+from .report import Report, explain, summary
 from .scheme import SCHEMES, QuantSpec, Scheme, get_scheme
 from .tuner import tune
 from .weights import invalidate
@@ -36,6 +36,7 @@ __all__ = [
     "passes",
     "quantize",
     "solvers",
+    "summary",
     "trace",
     "tune",
 ]

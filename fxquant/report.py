@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -15,6 +16,7 @@ from .backend import Rewritten, linears_of, rewrite
 from .capture import NAMES
 from .config import Config
 from .graph import Layer
+from .modules import QuantLinear
 from .scheme import get_scheme
 
 
@@ -83,6 +85,36 @@ def _bytes(layer: Layer) -> float:
     blocks = layer.in_features / spec.group_size if spec.group_size else 1
     qparams = blocks * spec.scale_dtype.itemsize * (2 if spec.zero_point_domain != "none" else 1)
     return layer.out_features * (layer.in_features * spec.bits / 8 + qparams)
+
+
+def summary(model: nn.Module) -> str:
+    """A table of the quantized layers that ``model`` holds: how each was solved, and how far off its
+    outputs are on the data that it was solved with (round to nearest: on weights alone)."""
+    rows = []
+    for name, module in model.named_modules():
+        if not isinstance(module, QuantLinear):
+            continue
+        held = [what for what in ("smoothing", "input_scale") if getattr(module, what) is not None]
+        cells: tuple[Any, ...] = ("", "", "", "")
+        if (record := module.record) is not None:
+            decibel = -10 * math.log10(record.relative) if record.relative else math.inf
+            gain = f"{100 * record.gain:.0f} %"
+            cells = record.solver, record.tokens, f"{decibel:.1f}", gain
+        shape = f"{module.out_features}x{module.in_features}"
+        rows.append((name, shape, module.scheme, " ".join(held), *cells))
+    return tabulate(rows, headers=SUMMARY)
+
+
+SUMMARY = (
+    "layer",
+    "out x in",
+    "scheme",
+    "holds",
+    "solver",
+    "tokens",
+    "output SQNR dB",
+    "less error than rtn",
+)
 
 
 def explain(

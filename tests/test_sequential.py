@@ -279,3 +279,15 @@ def test_a_solver_that_does_not_serve_a_scheme_says_so_before_anything_changes()
     with pytest.raises(UnsupportedSpec, match=r"^down: hqq cannot solve"):
         fxquant.quantize(model, recipe, solver="hqq")
     assert isinstance(model.up, nn.Linear)
+
+
+def test_the_summary_says_how_each_layer_was_solved():
+    model = MLP().eval().requires_grad_(False)
+    data = [torch.randn(40, 64)]
+    fxquant.quantize(model, {"up": "int4wo-32", "*": None}, solver="gptq", batches=data, **QUIET)
+    record, text = model.up.record, fxquant.summary(model)
+    (row,) = [line for line in text.splitlines() if line.startswith("up")]
+    decibel = 10 * torch.log10(torch.tensor(record.signal / record.error))
+    assert row.split()[:3] == ["up", "128x64", "int4wo-32"] and "down" not in text
+    assert row.split()[3:6] == ["gptq", "40", f"{decibel:.1f}"]
+    assert row.split()[6] == f"{100 * (1 - record.error / record.baseline):.0f}"

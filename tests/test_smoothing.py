@@ -1,0 +1,215 @@
+"""Smoothing in place: the float model is what it was, errors shrink, the checkpoint holds all of it."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import fxquant
+from fxquant.errors import InvalidOption
+from fxquant.scheme import get_scheme
+from fxquant.solvers import least_error
+
+from .conftest import Block, sqnr
+from .test_architectures import ARCHITECTURES, made
+
+KINDS = {"input": ("channel", "sample")}
+
+
+class Outlier(nn.Module):
+    """A channel 60 times the others behind the norm, undone in the weights that read it; a residual."""
+
+    def __init__(self, width: int = 64):
+        super().__init__()
+        self.norm, self.up = nn.LayerNorm(width), nn.Linear(width, 2 * width)
+        self.down = nn.Linear(2 * width, width)
+        with torch.no_grad():
+            self.norm.weight[7] *= 60
+            self.up.weight[:, 7] /= 60
+
+    def forward(self, x):
+        return x + self.down(torch.nn.functional.gelu(self.up(self.norm(x))))
+
+
+def calibrated(model, data, kinds=KINDS):
+    return fxquant.calibrate(model, data, kinds=kinds, compiled=False, progress=False)
+
+
+def folded(model, folds):
+    """``model`` with ``folds`` written in, divisions included."""
+    folds.apply(model)
+    for name, divisor in folds.divisors.items():
+        layer = model.get_submodule(name)
+        layer.register_forward_pre_hook(lambda _, args, s=divisor: (args[0] / s.to(args[0]),))
+    return model
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES, ids=lambda a: a.__name__)
+@torch.no_grad()
+def test_folding_leaves_any_architecture_as_it_was(architecture):
+    model, inputs = made(architecture)
+    model, inputs = model.double(), {k: _double(v) for k, v in inputs.items()}
+    stats = calibrated(model, [inputs], {"input": ["channel"]})
+    expected = model(**inputs)[0]
+    schemes = {name.removesuffix(":input"): get_scheme("int8dq") for name in stats}
+    folds = stats.structure.folds(model, stats, 0.6, schemes)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    found = folded(model, folds)(**inputs)[0]
+    changed = [k for k, v in model.state_dict().items() if not torch.equal(v, before[k])]
+    assert len(changed) >= 2 and set(changed) <= set(folds.factors)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)  # scales are float32
+
+
+def _double(x):
+    return x.double() if x.is_floating_point() else x
+
+
+@torch.no_grad()
+def test_in_place_and_the_checkpoint_is_of_the_original_class(tmp_path):
+    torch.manual_seed(0)
+    model = Outlier().eval().requires_grad_(False)
+    data = [torch.randn(16, 64) for _ in range(3)]
+    stats = calibrated(model, data)
+    stats.save(tmp_path / "stats.safetensors")
+    stats, x = fxquant.Stats.load(tmp_path / "stats.safetensors"), data[0]
+    expected = model(x) - x
+    plain = fxquant.quantize(copy.deepcopy(model), "int8dq", stats=stats, smooth=False)
+    bare = fxquant.quantize(copy.deepcopy(model), "int8dq")
+    assert torch.equal(plain(x), bare(x)), "smooth=False leaves everything alone"
+    fxquant.quantize(model, "int8dq", stats=stats, smooth=0.6)
+    assert model.up.smoothing is None, "the norm takes it up"
+    assert model.down.smoothing.shape == (128,), "gelu is in the way"
+    assert sqnr(plain(x) - x, expected) < 27 and sqnr(model(x) - x, expected) > 34
+    again = fxquant.quantize(Outlier().eval(), "int8dq")
+    again.load_state_dict(model.state_dict())
+    assert torch.equal(again(x), model(x))
+    with torch.device("meta"):
+        empty = Outlier().eval()
+    empty = fxquant.quantize(empty, "int8dq")
+    empty.load_state_dict(model.state_dict(), assign=True)
+    assert torch.equal(empty(x), model(x))
+    again.load_state_dict(bare.state_dict())
+    assert again.down.smoothing is None and torch.equal(again(x), bare(x))
+    state = model.state_dict()
+    state["down.smoothing"] = torch.ones(3)
+    with pytest.raises(RuntimeError, match=r"down.smoothing has shape \[3\]"):
+        again.load_state_dict(state)
+
+
+@torch.no_grad()
+def test_the_graph_does_what_the_modules_do(graphs):
+    torch.manual_seed(0)
+    model = Outlier().eval().requires_grad_(False)
+    data = [torch.randn(16, 64) for _ in range(3)]
+    stats, x = calibrated(model, data), data[0]
+    graph = fxquant.compile(model, "int8dq", stats=stats, smooth=0.6)(x)
+    fxquant.quantize(model, "int8dq", stats=stats, smooth=0.6)
+    assert sqnr(model(x) - x, graph - x) > 45
+    compiled = fxquant.compile(model)(x)
+    assert sqnr(compiled - x, model(x) - x) > 60
+
+
+class Shared(nn.Module):
+    """One norm before two linears in turn; a linear's weight that is also read as it is."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.read = nn.LayerNorm(16), nn.LayerNorm(16)
+        self.a, self.b, self.c = (nn.Linear(16, 16) for _ in range(3))
+
+    def forward(self, x):
+        x = self.b(self.norm(self.a(self.norm(x))))
+        return self.c(self.read(x)) + self.c.weight.sum()
+
+
+@torch.no_grad()
+def test_parameters_with_other_uses_are_not_folded_into(caplog):
+    model = Shared().double().eval().requires_grad_(False)
+    x = torch.randn(4, 16, dtype=torch.float64)
+    stats, expected = calibrated(model, [x]), model(x)
+    with caplog.at_level("INFO", "fxquant"):
+        schemes = dict.fromkeys("abc", get_scheme("int8dq"))
+        folds = stats.structure.folds(model, stats, 0.5, schemes)
+    assert set(folds.divisors) == {"a", "b"}, "the norm serves both: they divide for themselves"
+    assert "a: norm.weight is used elsewhere too" in caplog.text
+    assert "not smoothed: c: c.weight is used elsewhere too" in caplog.text
+    assert set(folds.factors) == {"a.weight", "b.weight"}
+    torch.testing.assert_close(folded(model, folds)(x), expected, rtol=1e-6, atol=1e-6)
+
+
+@torch.no_grad()
+def test_alpha_found_by_output_error():
+    torch.manual_seed(0)
+    model = Outlier().eval().requires_grad_(False)
+    data = [torch.randn(64, 64) for _ in range(4)]
+    stats, x = calibrated(model, data), torch.randn(64, 64)
+    expected = model(x) - x
+    found = {}
+    for smooth in (0.1, 0.5, 0.9, "auto"):
+        quantized = fxquant.quantize(copy.deepcopy(model), "int8dq", stats=stats, smooth=smooth)
+        found[smooth] = sqnr(quantized(x) - x, expected)
+    assert found["auto"] > max(found[a] for a in (0.1, 0.5, 0.9)) - 0.2, found
+    alphas = stats.structure.alphas(
+        dict(model.named_parameters()), stats, dict.fromkeys(("up", "down"), get_scheme("int8dq"))
+    )
+    assert set(alphas) == {"up", "down"} and 0.3 < alphas["up"] <= 1
+    by_layer = fxquant.quantize(copy.deepcopy(model), "int8dq", stats=stats, smooth=alphas)
+    auto = fxquant.quantize(copy.deepcopy(model), "int8dq", stats=stats, smooth="auto")
+    assert torch.equal(by_layer(x), auto(x))
+
+
+@torch.no_grad()
+def test_a_group_that_smoothing_would_harm_is_left_alone():
+    """Weights with the same channels large as the inputs: moving difficulty makes both worse."""
+    torch.manual_seed(0)
+    x = torch.randn(256, 64)
+    w = torch.randn(32, 64)
+    scales = [torch.ones(64), torch.rand(64) * 50 + 0.02]
+    found = least_error(x, [w], [get_scheme("int8dq")], scales)
+    assert found.best == 0 and found.errors[0] < found.errors[1]
+
+
+@torch.no_grad()
+def test_least_error_is_the_error_of_the_scheme_itself():
+    x, w = torch.randn(40, 64).double(), torch.randn(8, 64).double()
+    s = torch.rand(64).double() + 0.5
+    scheme = get_scheme("8da4w-32")
+    q = scheme.weight.quantize(w * s)
+    xq = scheme.input.dequantize(scheme.input.quantize(x / s), torch.float64)
+    expected = (xq @ scheme.weight.dequantize(q, torch.float64).T - x @ w.T).square().sum()
+    found = least_error(x, [w], [scheme], [s])
+    assert found.errors == pytest.approx([float(expected)], rel=1e-9)
+    overflow = least_error(x, [w], [scheme], [torch.zeros(64), torch.ones(64)])
+    assert overflow.best == 1 and overflow.errors[0] == torch.inf
+
+
+@torch.no_grad()
+def test_awq_scales_what_matters_where_it_can_be_folded(caplog):
+    torch.manual_seed(0)
+    model = nn.Sequential(Block(64)).eval().requires_grad_(False)
+    model[0].norm.weight[:4] *= 30
+    data = [torch.randn(8, 16, 64) for _ in range(4)]
+    stats, x = calibrated(model, data), torch.randn(8, 16, 64)
+    expected = model(x)
+    plain = fxquant.quantize(copy.deepcopy(model), "int4wo-32")
+    with caplog.at_level("WARNING", "fxquant"):
+        fxquant.quantize(model, "int4wo-32", stats=stats, smooth="awq")
+    assert sqnr(model(x), expected) > sqnr(plain(x), expected) + 1
+    assert all(m.smoothing is None for m in model.modules() if isinstance(m, fxquant.QuantLinear))
+
+
+def test_bad_input_is_named():
+    model = Outlier().eval().requires_grad_(False)
+    stats = calibrated(model, [torch.randn(4, 64)], {"input": ["channel"]})
+    for smooth in ("auto", "awq"):
+        with pytest.raises(InvalidOption, match="samples of the inputs of up"):
+            fxquant.quantize(model, "int8dq", stats=stats, smooth=smooth)
+    for smooth in (1.5, -0.1, "much", {"up": 2}, True):
+        with pytest.raises(InvalidOption, match="smooth"):
+            fxquant.quantize(model, "int8dq", stats=stats, smooth=smooth)
+    with pytest.raises(InvalidOption, match="stats beside it"):
+        fxquant.quantize(model, "int8dq", smooth=0.5)
+    assert isinstance(model.up, nn.Linear)
