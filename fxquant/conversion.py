@@ -44,13 +44,13 @@ def quantize(
         expected = "stats beside it, as fxquant.calibrate returns them"
         raise InvalidOption(name="smooth", value=smooth, expected=expected)
     rules = Recipe.of(recipe)
-    plan = _plan(model, rules)
+    plan = planned(model, rules)
     rules.check_used(linears_of([model]))
     if not plan:
         present = ", ".join(layer.name for layer in linears_of([model])) or "none"
         raise NothingQuantized(reasons=f"no rule gives a scheme to a linear; linears: {present}")
     for name, (module, scheme) in plan.items():
-        _check(name, module, scheme)
+        check_fits(name, module, scheme)
     if stats is not None:
         wanted = [name for name, (_, scheme) in plan.items() if scheme.input is not None]
         stats.structure.fold(model, stats, 0.5 if smooth is None else smooth, wanted)
@@ -86,8 +86,8 @@ def _is_linear(module: nn.Module) -> bool:
     return type(module).forward is nn.Linear.forward or _is_conv1d(module)
 
 
-def _plan(model: nn.Module, rules: Recipe) -> dict[str, tuple[nn.Module, Scheme]]:
-    """The linears that get a scheme, by name."""
+def planned(model: nn.Module, rules: Recipe) -> dict[str, tuple[nn.Module, Scheme]]:
+    """The linears that get a scheme, by name. Raises AlreadyQuantized and NothingQuantized."""
     found: dict[str, tuple[nn.Module, Scheme]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, QuantLinear):
@@ -111,7 +111,8 @@ def _layer(name: str, module: nn.Module, out_features: int, in_features: int) ->
     return Layer(name=name, module_type=kind, out_features=out_features, in_features=in_features)
 
 
-def _check(name: str, module: nn.Module, scheme: Scheme) -> None:
+def check_fits(name: str, module: nn.Module, scheme: Scheme) -> None:
+    """Raises UnsupportedDtype, GroupSizeMismatch or NonFiniteWeight."""
     weight = weight_of(module)
     if weight.dtype not in FLOATS:
         choices = ", ".join(str(d).removeprefix("torch.") for d in FLOATS)

@@ -173,3 +173,7 @@ class NonFiniteStatistics(FxQuantError, ValueError):
 
 class NothingObserved(FxQuantError, ValueError):
     message = "no batch reached a linear that the recipe quantizes: {reason}"
+
+
+class MissingPackage(FxQuantError, ImportError):
+    message = "{what} needs {package}, which is not installed: pip install {package}"
