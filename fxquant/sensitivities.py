@@ -73,7 +73,8 @@ class Sensitivity:
     def recipe(self, limit: float) -> Recipe:
         """For each layer the smallest scheme whose own loss change is at most ``limit``, else float.
 
-        Changes were measured one layer at a time: together they are larger.
+        A layer that no scheme makes smaller (its weight is tied) stays float. Changes were measured
+        one layer at a time; all layers together change more.
         """
         best: dict[str, Effect] = {}
         for row in sorted(self.rows, key=lambda row: (row.saved_bytes, -row.loss_change)):

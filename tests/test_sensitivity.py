@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+from dataclasses import fields
 from xml.etree import ElementTree
 
 import pytest
@@ -21,6 +22,7 @@ from fxquant.errors import (
     UnknownScheme,
     UnusedRule,
 )
+from fxquant.scheme import SCHEMES, Scheme
 
 from .conftest import MLP, Block
 from .test_architectures import gpt2, llama
@@ -114,6 +116,7 @@ def test_conv1d_and_a_tied_head():
         assert not torch.equal(changed.lm_head(x), model.lm_head(x))
     assert found["lm_head", "int4wo-32"].saved_bytes < 0, "the embedding keeps the float weight"
     assert found[fc, "int4wo-32"].saved_bytes > 0
+    assert {rule.name for rule in found.recipe(math.inf).rules} == blocks | {"*"}
 
 
 def test_a_layer_made_sensitive_ranks_first():
@@ -338,6 +341,26 @@ def test_bad_input_is_named():
             measured(model, **given)
     with pytest.raises(AlreadyQuantized, match="up"):
         measured(fxquant.quantize(MLP(), {"up": "int8wo", "*": None}), [x], "int8wo")
+
+
+def test_schemes_with_calibrated_ranges_are_refused(monkeypatch):
+    class Static(Scheme):
+        static = True
+
+    row = Static(**{f.name: getattr(SCHEMES["int8dq"], f.name) for f in fields(Scheme)})
+    monkeypatch.setitem(SCHEMES, "int8dq", row)
+    with pytest.raises(InvalidOption, match="'int8dq': expected schemes that need no calibrated"):
+        measured(MLP(), [torch.randn(5, 64)], ["int8wo", "int8dq"])
+
+
+def test_a_name_that_looks_like_a_pattern():
+    model = nn.ModuleDict({"a[0]": nn.Linear(64, 32), "a0": nn.Linear(64, 32)})
+    model.forward = lambda x: model["a[0]"](x) + model["a0"](2 * x)
+    found = measured(model, [torch.randn(5, 64)], "int8wo")
+    changes = {row.layer: row.loss_change for row in found.rows}
+    assert changes["a[0]"] < changes["a0"]
+    quantized = fxquant.quantize(model, found.recipe(changes["a[0]"]))
+    assert quantized["a[0]"].scheme == "int8wo" and type(quantized["a0"]) is nn.Linear
 
 
 def test_outputs_without_anything_to_compare_are_named():
