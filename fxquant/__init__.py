@@ -7,10 +7,12 @@ from .capture import trace
 from .config import Config
 from .conversion import quantize
 from .errors import FxQuantError
+from .layerwise import sensitivity
 from .modules import QuantLinear
 from .recipe import Recipe, Rule
 from .report import Report, explain, summary
 from .scheme import SCHEMES, QuantSpec, Scheme, get_scheme
+from .sensitivities import Sensitivity
 from .tuner import tune
 from .weights import invalidate
 
@@ -27,6 +29,7 @@ __all__ = [
     "Report",
     "Rule",
     "Scheme",
+    "Sensitivity",
     "Stats",
     "calibrate",
     "compile",
@@ -35,6 +38,7 @@ __all__ = [
     "invalidate",
     "passes",
     "quantize",
+    "sensitivity",
     "solvers",
     "summary",
     "trace",

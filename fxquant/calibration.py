@@ -181,10 +181,7 @@ def calibrate(
     Raises NothingObserved without a batch or a reached layer, NonFiniteStatistics, InvalidOption; layers
     never reached are in ``Stats.missed`` and in a warning.
     """
-    if isinstance(batches, torch.Tensor | Mapping):
-        raise InvalidOption(
-            name="batches", value=type(batches).__name__, expected="an iterable of batches"
-        )
+    refuse_single(batches)
     with Calibration(model, scheme, recipe=recipe, kinds=kinds, compiled=compiled) as stats:
         count = 0
         for batch in tqdm(batches, desc="calibrate", disable=not progress):
@@ -198,8 +195,16 @@ def calibrate(
     return stats
 
 
+def refuse_single(batches: Any) -> None:
+    """Raises InvalidOption for one batch in the place of several."""
+    if isinstance(batches, torch.Tensor | Mapping):
+        raise InvalidOption(
+            name="batches", value=type(batches).__name__, expected="an iterable of batches"
+        )
+
+
 def arguments(batch: Any) -> tuple[Sequence[Any], Mapping[str, Any]]:
-    """What the model is called with for ``batch``."""
+    """What the model is called with for ``batch``: positional and keyword arguments."""
     if isinstance(batch, Mapping):
         return (), batch
     return (batch, {}) if isinstance(batch, tuple | list) else ((batch,), {})

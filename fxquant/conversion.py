@@ -56,11 +56,10 @@ def quantize(
     goes into the norm or linear before the layers, or the layers divide their inputs.
 
     solver: how codes are found, one of ``fxquant.solvers``; None is plain round to nearest. With
-    ``batches`` (as for ``calibrate``)
-    layers are solved in the order of the graph, each on inputs that carry the error of those before,
-    which are run on ``device`` (where the model is) a segment at a time; between segments the batches'
-    values wait on the "cpu", on "disk" or on the "device" (``keep``). What is solved is written to
-    ``folder``, from which a run that was interrupted goes on.
+    ``batches`` (as for ``calibrate``) layers are solved in the order of the graph, each on inputs that
+    carry the error of those before, a segment at a time on ``device`` (where the model is); between
+    segments the batches' values wait on the "cpu", on "disk" or on the "device" (``keep``). What is
+    solved is written to ``folder``, from which a run that was interrupted goes on.
 
     Everything is checked before anything is changed, and nothing is before all is solved:
     UnknownScheme, InvalidRule, UnusedRule, GroupSizeMismatch, UnsupportedDtype, NonFiniteWeight,
@@ -69,13 +68,13 @@ def quantize(
     """
     rules, solver = Recipe.of(recipe), None if solver is None else get_solver(solver)
     _check_options(stats, smooth, solver, batches)
-    plan = _plan(model, rules)
+    plan = planned(model, rules)
     rules.check_used(linears_of([model]))
     if not plan:
         present = ", ".join(layer.name for layer in linears_of([model])) or "none"
         raise NothingQuantized(reasons=f"no rule gives a scheme to a linear; linears: {present}")
     for name, (module, scheme) in plan.items():
-        _check(name, module, scheme)
+        check_fits(name, module, scheme)
         if solver is not None and not solver.needs_data:  # whether it serves the scheme at all
             solver(torch.zeros(1, scheme.weight.group_size or 1), scheme.weight, layer=name)
     folds = Folds()
@@ -191,7 +190,7 @@ def _is_linear(module: nn.Module) -> bool:
     return type(module).forward is nn.Linear.forward or _is_conv1d(module)
 
 
-def _plan(model: nn.Module, rules: Recipe) -> dict[str, tuple[nn.Module, Scheme]]:
+def planned(model: nn.Module, rules: Recipe) -> dict[str, tuple[nn.Module, Scheme]]:
     """The linears that get a scheme, by name."""
     found: dict[str, tuple[nn.Module, Scheme]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
@@ -216,7 +215,7 @@ def _layer(name: str, module: nn.Module, out_features: int, in_features: int) ->
     return Layer(name=name, module_type=kind, out_features=out_features, in_features=in_features)
 
 
-def _check(name: str, module: nn.Module, scheme: Scheme) -> None:
+def check_fits(name: str, module: nn.Module, scheme: Scheme) -> None:
     weight = weight_of(module)
     if weight.dtype not in FLOATS:
         choices = ", ".join(str(d).removeprefix("torch.") for d in FLOATS)

@@ -180,3 +180,7 @@ class ResumeMismatch(FxQuantError, ValueError):
         "{path} was solved from other weights, batches or settings (or by another version); go on "
         "with what it was begun with, or give another folder"
     )
+
+
+class MissingPackage(FxQuantError, ImportError):
+    message = "{what} needs {package}, which is not installed: pip install {package}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import re
+import sys
 
 import pytest
 import torch
@@ -188,7 +189,15 @@ def nothing_observed():
     fxquant.calibrate(frozen(), [], progress=False)
 
 
+def missing_package():
+    found = fxquant.sensitivity(frozen(), [X], "int8wo", progress=False)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "matplotlib", None)
+        found.plot("never_written.svg")
+
+
 CASES = {
+    missing_package: (errors.MissingPackage, r"plot needs matplotlib, .*pip install matplotlib"),
     non_finite_activation: (errors.NonFiniteActivation, r"up: .*NaN.*leave the batch out"),
     no_calibration_data: (errors.NoCalibrationData, r"up: gptq .*calibrate with batches"),
     unsolvable_hessian: (errors.UnsolvableHessian, r"up: the Hessian of 3 tokens.*damping"),
@@ -279,7 +288,7 @@ def test_errors_are_the_builtin_kinds_too():
     """So that ``except ValueError`` around bad input works."""
     for kind in (k for k, _ in CASES.values()):
         assert issubclass(kind, errors.FxQuantError)
-        assert issubclass(kind, ValueError | RuntimeError | TypeError)
+        assert issubclass(kind, ValueError | RuntimeError | TypeError | ImportError)
     assert issubclass(errors.UnknownScheme, ValueError)
     assert issubclass(errors.GradRequired, RuntimeError)
     assert issubclass(errors.UnsupportedDtype, TypeError)
