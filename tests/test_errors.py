@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 import re
 import sys
+import tempfile
 
 import pytest
 import torch
@@ -185,6 +186,14 @@ def non_finite_statistics():
     fxquant.calibrate(frozen(), [X, bad], compiled=False, progress=False)
 
 
+def solved_from_other_weights():
+    data = [torch.randn(4, 64)]
+    with tempfile.TemporaryDirectory() as folder:
+        for _ in range(2):
+            model, settings = frozen(), {"solver": "gptq", "folder": folder, "progress": False}
+            fxquant.quantize(model, "int4wo-32", batches=data, **settings)
+
+
 def nothing_observed():
     fxquant.calibrate(frozen(), [], progress=False)
 
@@ -208,6 +217,7 @@ CASES = {
         r"up:input: .*batch 2.*leave the batch out",
     ),
     nothing_observed: (errors.NothingObserved, r"there was no batch"),
+    solved_from_other_weights: (errors.ResumeMismatch, r"segment_0000.*give another folder"),
     unknown_scheme: (errors.UnknownScheme, r"unknown scheme 'int9'.*: int8wo, int8dq, int4wo-32"),
     unknown_option: (errors.UnknownOption, r"unknown option 'shceme'.*: scheme, recipe, stats"),
     invalid_option: (errors.InvalidOption, r"option 'strict' is 'yes': expected True or False"),
