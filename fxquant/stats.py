@@ -79,13 +79,13 @@ class Stats(Mapping[str, dict[str, Observer]]):
         return {layer for layer, everywhere in seen.items() if everywhere}
 
     def add(self, name: str, x: torch.Tensor) -> None:
-        """Count the values of ``x`` under ``name``. Raises NonFiniteStatistics (histograms)."""
+        """Count the values of ``x`` under ``name``, if its port is observed; a weight's once. Raises
+        NonFiniteStatistics (histograms)."""
         port = name.rpartition(":")[2]
-        if port == CONSTANT:
-            if name in self._found:
-                return
-            x = x.t()
-        found = self._found.setdefault(name, copy.deepcopy(self.kinds.get(port, {})))
+        if port not in self.kinds or (port == CONSTANT and name in self._found):
+            return
+        x = x.t() if port == CONSTANT else x
+        found = self._found.setdefault(name, copy.deepcopy(self.kinds[port]))
         for observer in found.values():
             try:
                 observer.update(x)
@@ -116,15 +116,13 @@ class Stats(Mapping[str, dict[str, Observer]]):
         """
         if how not in RANGES:
             raise InvalidOption(name="how", value=how, expected=f"one of {', '.join(RANGES)}")
-        if name not in self._found:
-            expected = "the <layer>:<port> of something observed; print the statistics to see all"
-            raise InvalidOption(name="name", value=name, expected=expected)
         kind, read = RANGES[how]
-        if kind not in self._found[name]:
+        observer = self._found.get(name, {}).get(kind)
+        if observer is None:
             kinds = {name.rpartition(":")[2]: (kind,)}
-            expected = f"of what was observed of {name}; calibrate with kinds={kinds}"
-            raise InvalidOption(name="how", value=how, expected=expected)
-        return read(self._found[name][kind], percent=percent, dtype=dtype, mapping=mapping)
+            expected = f"<layer>:<port> of a layer that was reached, calibrated with kinds={kinds}"
+            raise InvalidOption(name=how, value=name, expected=expected)
+        return read(observer, percent=percent, dtype=dtype, mapping=mapping)
 
     def merge(self, other: Stats) -> None:
         """Add what ``other`` (another process, say) has seen. Raises InvalidOption where the two observe
