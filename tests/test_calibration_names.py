@@ -119,7 +119,8 @@ def test_a_linear_of_transformers_that_is_never_reached_is_listed():
     model = nn.ModuleDict({"a": nn.Linear(4, 6), "b": Conv1D(6, 4), "c": Conv1D(6, 4)})
     model.forward = lambda x: model["a"](x) + model["b"](x)
     kinds = {"weight": ["channel"]}
-    stats = fxquant.calibrate(model, [torch.randn(2, 4)], kinds=kinds, **QUIET)
+    recipe = [{"scheme": "int8dq", "in_features": 4}]
+    stats = fxquant.calibrate(model, [torch.randn(2, 4)], recipe, kinds=kinds, **QUIET)
     assert stats.missed == ["c"]
     absmax = stats["b:weight"]["channel"].absmax
     assert torch.equal(absmax, model["b"].weight.abs().amax(0).detach()), "by output channel"

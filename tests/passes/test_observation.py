@@ -138,8 +138,9 @@ def test_an_output_is_seen_before_it_is_written_to_and_all_who_read_it_read_the_
 
         def forward(self, x):
             y = self.fc(x)
+            first = y[0]
             y.mul_(2.0)
-            return y, y[0], self.fc(y)
+            return y, first, self.fc(y)
 
     model, x = Writes().requires_grad_(False), torch.randn(3, 8)
     gm = through(trace(model, x, to="float"), observers_at("output"))
