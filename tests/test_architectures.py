@@ -137,6 +137,23 @@ def whisper():
     return transformers.WhisperForConditionalGeneration(config), inputs
 
 
+def gemma():
+    config = transformers.GemmaConfig(**SIZES, num_key_value_heads=2, head_dim=WIDTH // HEADS)
+    return transformers.GemmaForCausalLM(config), {"input_ids": tokens()}
+
+
+def gpt_neox():
+    config = transformers.GPTNeoXConfig(**SIZES, max_position_embeddings=32)
+    return transformers.GPTNeoXForCausalLM(config), {"input_ids": tokens()}
+
+
+def bloom():
+    config = transformers.BloomConfig(
+        vocab_size=VOCABULARY, hidden_size=WIDTH, n_layer=1, n_head=HEADS, **SPECIAL
+    )
+    return transformers.BloomForCausalLM(config), {"input_ids": tokens()}
+
+
 ARCHITECTURES = {
     bert: tuple(FLOORS),
     gpt2: ("int8wo", "8da4w-32"),
@@ -146,6 +163,9 @@ ARCHITECTURES = {
     vit: ("int8dq", "int4wo-32"),
     opt: ("int8wo", "8da4w-32"),
     whisper: ("int8dq", "int4wo-32"),
+    gemma: ("int8wo", "8da4w-32"),
+    gpt_neox: ("int8dq", "int4wo-32"),
+    bloom: ("int8wo", "8da4w-32"),
 }
 CASES = [(made, scheme) for made, schemes in ARCHITECTURES.items() for scheme in schemes]
 

@@ -11,8 +11,8 @@ from torch import nn
 import fxquant
 from fxquant import Stats
 
-from .conftest import MLP, Block, sqnr
-from .test_architectures import ARCHITECTURES, made
+from .conftest import MLP, Block
+from .test_architectures import llama, made
 
 
 @pytest.fixture(autouse=True)
@@ -27,18 +27,37 @@ def _fresh():
 def test_ranges_are_those_of_the_float_model(compiled):
     model = MLP().requires_grad_(False)
     data = [torch.randn(n, 64) * s for n, s in ((5, 1.0), (5, 3.0), (9, 0.5))]
-    stats = fxquant.calibrate(model, data, compiled=compiled, progress=False)
-    hidden = [nn.functional.gelu(model.up(x)) for x in data]
-    assert set(stats) == {"up:input", "down:input"} and not stats.missed
-    for name, seen in (("up:input", data), ("down:input", hidden)):
-        whole = torch.cat(seen)
-        low, high = stats[name]["minmax"].range()
+    kinds = {p: ["minmax", "channel", "sample"] for p in ("input", "output", "weight")}
+    stats = fxquant.calibrate(model, data, compiled=compiled, progress=False, kinds=kinds)
+    first = [model.up(x) for x in data]
+    hidden = [nn.functional.gelu(y) for y in first]
+    expected = {
+        "up:input": data,
+        "up:output": first,
+        "up:weight": [model.up.weight.t()],
+        "down:input": hidden,
+        "down:output": [model.down(y) for y in hidden],
+        "down:weight": [model.down.weight.t()],
+    }
+    assert set(stats) == set(expected) and not stats.missed
+    for name, seen in expected.items():
+        whole, found = torch.cat(seen), stats[name]
+        low, high = found["minmax"].range()
         torch.testing.assert_close((low, high), (whole.min(), whole.max()), rtol=1e-6, atol=1e-7)
-        torch.testing.assert_close(stats[name]["channel"].absmax, whole.abs().amax(0))
-        assert stats[name]["minmax"].batches == 3
+        torch.testing.assert_close(found["channel"].absmax, whole.abs().amax(0))
+        assert found["minmax"].batches == len(seen), name
+        assert_same_rows(found["sample"].rows, whole)
     assert "down:input" in str(stats)
     x = data[0]
     assert model._compiled_call_impl is None and torch.equal(model(x), model.down(hidden[0]))
+
+
+def assert_same_rows(found, whole):
+    """In any order; rounding does not change which row is which."""
+    assert found.shape == whole.shape
+    nearest = torch.cdist(found.double(), whole.double()).argmin(1)
+    assert sorted(nearest.tolist()) == list(range(len(whole)))
+    torch.testing.assert_close(found, whole[nearest], rtol=1e-5, atol=1e-6)
 
 
 class Keyworded(nn.Module):
@@ -81,6 +100,33 @@ def test_a_data_loader_of_ragged_tuples_and_a_recipe():
     assert stats["q:input"]["token"].tokens == 23
 
 
+class Named(nn.Module):
+    """Takes what a data set gives by name, returns no tensor at all."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(8, 4)
+
+    def forward(self, values, mask, label=None):
+        torch._assert(label is None or len(label) == len(values), "collated")
+        return Answer(text=str(self.fc(values * mask).sum().item()))
+
+
+class Answer:
+    def __init__(self, text: str):
+        self.text = text
+
+
+def test_a_data_loader_of_dicts_and_an_output_of_the_users_class():
+    rows = [{"values": torch.full((8,), float(i)), "mask": torch.ones(8)} for i in range(5)]
+    loader = torch.utils.data.DataLoader([row | {"label": 3} for row in rows], batch_size=2)
+    kinds = {"input": ("token", "sample")}
+    stats = fxquant.calibrate(Named(), loader, kinds=kinds, compiled=False, progress=False)
+    found = stats["fc:input"]
+    assert (found["token"].tokens, found["token"].batches) == (5, 3)
+    assert sorted(found["sample"].rows[:, 0].tolist()) == [0.0, 1.0, 2.0, 3.0, 4.0]
+
+
 def test_around_a_loop_of_the_users_own():
     model = MLP().requires_grad_(False)
     x = torch.randn(2, 64)
@@ -93,6 +139,79 @@ def test_around_a_loop_of_the_users_own():
     before = stats["up:input"]["histogram"].batches
     model(torch.randn(2, 64))
     assert stats["up:input"]["histogram"].batches == before, "the model is as it was"
+
+
+@torch.no_grad()
+def test_around_generate():
+    """Ten prompt tokens and three steps of two, every token once; logits of the last ones alone."""
+    model, _ = made(llama)
+    ids = torch.randint(3, 96, (2, 5))
+    with fxquant.Calibration(model, kinds={"input": ("token",)}, compiled=False) as stats:
+        text = model.generate(ids, max_new_tokens=4, min_new_tokens=4, do_sample=False)
+    assert text.shape == (2, 9) and not stats.missed and len(stats) == 8
+    counted = {name: found["token"].tokens for name, found in stats.items()}
+    assert counted.pop("lm_head:input") == 2 * 4
+    assert set(counted.values()) == {2 * (5 + 3)}
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_training_mode_is_the_callers(training):
+    model = nn.Sequential(nn.Linear(8, 64), nn.Dropout(0.5), nn.Linear(64, 8)).train(training)
+    x = torch.randn(16, 8)
+    kinds = {"input": ["sample"], "output": ["minmax"]}
+    stats = fxquant.calibrate(model, [x], kinds=kinds, compiled=False, progress=False)
+    dropped = (stats["2:input"]["sample"].rows == 0).double().mean()
+    assert (0.4 < dropped < 0.6) if training else dropped == 0
+    assert all(module.training is training for module in model.modules())
+    assert all(p.requires_grad and p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    "recipe", ["int8dq", {"up": "int8dq", "*": None}, fxquant.Recipe.of("8da4w-32")]
+)
+def test_a_scheme_or_whatever_makes_a_recipe(recipe):
+    model, quiet = MLP(), {"compiled": False, "progress": False}
+    x = [torch.randn(2, 64)]
+    expected = {"up:input"} if isinstance(recipe, dict) else {"up:input", "down:input"}
+    assert set(fxquant.calibrate(model, x, recipe, **quiet)) == expected
+    assert set(fxquant.calibrate(model, x, recipe=recipe, **quiet)) == expected
+    with pytest.raises(fxquant.FxQuantError, match="no batch reached"):
+        fxquant.calibrate(model, x, [], **quiet)
+
+
+def test_the_batch_that_is_named_is_the_callers():
+    """The second batch, though the layer has been used five times by then; wherever it is found."""
+    x = torch.randn(3, 16)
+    bad = x.clone()
+    bad[2, 5] = torch.inf
+    for kind in ("minmax", "histogram"):
+        with pytest.raises(fxquant.FxQuantError, match=r"second:\w+: .*infinity, in batch 2"):
+            fxquant.calibrate(
+                Twice(), [x, bad], kinds={"input": [kind]}, compiled=False, progress=False
+            )
+
+
+class Twice(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.second = nn.Linear(16, 16)
+
+    def forward(self, x):
+        return self.second(self.second(self.second(x)))
+
+
+def test_a_weight_that_is_not_finite_is_named():
+    model = MLP()
+    with torch.no_grad():
+        model.down.weight[3, 4] = torch.nan
+    with pytest.raises(fxquant.FxQuantError, match=r"down:weight: .*NaN"):
+        fxquant.calibrate(
+            model,
+            [torch.randn(2, 64)],
+            kinds={"weight": ["channel"]},
+            compiled=False,
+            progress=False,
+        )
 
 
 def test_two_processes_merged_saved_and_loaded(tmp_path):
@@ -148,151 +267,6 @@ def test_an_error_of_the_users_code_passes_through_and_the_model_is_as_it_was():
     assert model._compiled_call_impl is None
 
 
-class Outlier(nn.Module):
-    """A channel 60 times the others behind the norm, undone in the weights that read it; a residual."""
-
-    def __init__(self, width: int = 64):
-        super().__init__()
-        self.norm, self.up = nn.LayerNorm(width), nn.Linear(width, 2 * width)
-        self.down = nn.Linear(2 * width, width)
-        with torch.no_grad():
-            self.norm.weight[7] *= 60
-            self.up.weight[:, 7] /= 60
-
-    def forward(self, x):
-        return x + self.down(torch.nn.functional.gelu(self.up(self.norm(x))))
-
-
-@torch.no_grad()
-def test_one_line_smooths_what_was_calibrated():
-    torch.manual_seed(0)
-    model = Outlier().eval().requires_grad_(False)
-    data = [torch.randn(16, 64) for _ in range(3)]
-    stats = fxquant.calibrate(model, data, compiled=False, progress=False)
-    x = data[0]
-    expected = model(x) - x
-    plain = fxquant.compile(model, "int8dq")(x) - x
-    run = fxquant.compile(model, "int8dq", stats=stats, smooth=0.6)
-    smooth = run(x) - x
-    assert sqnr(plain, expected) < 27 and sqnr(smooth, expected) > 34
-    model.up.weight[:, 7] *= 2  # weights are inputs: the scale is chosen anew
-    assert sqnr(run(x) - x, model(x) - x) > 34
-    torch.compiler.reset()
-    options = {"scheme": "int8dq", "stats": stats, "smooth": {"up": 0.9}}
-    by_layer = torch.compile(model, backend="fxquant", options=options)(x)
-    assert sqnr(by_layer - x, model(x) - x) > 34 and not torch.equal(by_layer, run(x))
-    with pytest.raises(fxquant.FxQuantError, match="stats beside it"):
-        fxquant.compile(model, "int8dq", smooth=0.5)
-    with pytest.raises(fxquant.FxQuantError, match="statistics"):
-        fxquant.compile(model, "int8dq", stats=3)
-
-
-@torch.no_grad()
-def test_the_same_in_place_and_the_checkpoint_is_of_the_original_class(tmp_path, caplog):
-    torch.manual_seed(0)
-    model = Outlier().eval().requires_grad_(False)
-    data = [torch.randn(16, 64) for _ in range(3)]
-    stats = fxquant.calibrate(model, data, compiled=False, progress=False)
-    stats.save(tmp_path / "stats.safetensors")
-    stats, x = Stats.load(tmp_path / "stats.safetensors"), data[0]
-    expected = model(x) - x
-    graph = fxquant.compile(model, "int8dq", recipe=None, stats=stats, smooth=0.6)(x) - x
-    plain, keys = Outlier().eval(), set(model.state_dict())
-    plain.load_state_dict(model.state_dict())
-    fxquant.quantize(plain, "int8dq")
-    with caplog.at_level("WARNING", "fxquant"):
-        fxquant.quantize(model, "int8dq", stats=stats, smooth=0.6)
-    assert "down: nothing before it, as it is, can take up the scale" in caplog.text, (
-        "gelu is in the way"
-    )
-    assert sqnr(plain(x) - x, expected) < 27 and sqnr(model(x) - x, expected) > 34
-    assert sqnr(model(x) - x, graph) > 30
-    assert {k for k in model.state_dict() if "norm" in k} == {k for k in keys if "norm" in k}
-    again = fxquant.quantize(Outlier().eval(), "int8dq")
-    again.load_state_dict(model.state_dict())
-    assert torch.equal(again(x), model(x))
-
-
-@torch.no_grad()
-def test_parameters_with_other_uses_are_not_folded_into(caplog):
-    class Shared(nn.Module):
-        """One norm before two linears in turn; a linear's weight that is also read as it is."""
-
-        def __init__(self):
-            super().__init__()
-            self.norm, self.read = nn.LayerNorm(16), nn.LayerNorm(16)
-            self.a, self.b, self.c = (nn.Linear(16, 16) for _ in range(3))
-
-        def forward(self, x):
-            x = self.b(self.norm(self.a(self.norm(x))))
-            return self.c(self.read(x)) + self.c.weight.sum()
-
-    model = Shared().eval().requires_grad_(False)
-    x = torch.randn(4, 16)
-    stats = fxquant.calibrate(model, [x], compiled=False, progress=False)
-    before = {k: v.clone() for k, v in model.state_dict().items()}
-    with caplog.at_level("WARNING", "fxquant"):
-        stats.structure.fold(model, stats, 0.5, ["a", "b", "c"])
-    for name in ("a: norm.weight", "b: norm.weight", "c: c.weight"):
-        assert f"{name} is used elsewhere too" in caplog.text
-    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
-
-
-@pytest.mark.parametrize("architecture", ARCHITECTURES, ids=lambda a: a.__name__)
-@torch.no_grad()
-def test_folding_leaves_any_architecture_as_it_was(architecture):
-    model, inputs = made(architecture)
-    stats = fxquant.calibrate(model, [inputs], compiled=False, progress=False)
-    before = {k: v.clone() for k, v in model.state_dict().items()}
-    expected = model(**inputs)[0]
-    wanted = {name.removesuffix(":input") for name in stats}
-    stats.structure.fold(model, stats, 0.6, wanted)
-    changed = [k for k, v in model.state_dict().items() if not torch.equal(v, before[k])]
-    assert len(changed) >= 2
-    assert sqnr(model(**inputs)[0], expected) > 90, changed
-
-
-class Broken(nn.Module):
-    def __init__(self, gain):
-        super().__init__()
-        self.fc, self.gain = nn.Linear(16, 16), gain
-
-    def forward(self, x):
-        torch._dynamo.graph_break()
-        return self.fc(x) * self.gain
-
-
-@torch.no_grad()
-def test_blocks_that_share_a_graph_are_counted_apart():
-    model = nn.Sequential(*[Broken(10.0) for _ in range(3)]).requires_grad_(False)
-    x = torch.randn(4, 16)
-    stats = fxquant.calibrate(model, [x], compiled=False, progress=False)
-    assert set(stats) == {f"{i}.fc:input" for i in range(3)} and not stats.missed
-    for i in range(3):
-        assert stats[f"{i}.fc:input"]["minmax"].batches == 1
-        torch.testing.assert_close(stats[f"{i}.fc:input"]["minmax"].range()[1], x.max())
-        x = model[i](x)
-
-
-@torch.no_grad()
-def test_two_models_at_once_and_one_within_the_other():
-    a, b = nn.Sequential(nn.Linear(8, 8)), nn.Sequential(nn.Linear(8, 8))
-    with (
-        fxquant.Calibration(a, compiled=False) as one,
-        fxquant.Calibration(b, compiled=False) as two,
-    ):
-        b(torch.ones(1, 8))
-        a(100 * torch.ones(1, 8))
-    assert (float(one["0:input"]["minmax"].high), float(two["0:input"]["minmax"].high)) == (100, 1)
-    whole = nn.ModuleDict({"enc": a})
-    whole.forward = lambda x: whole["enc"](x)
-    quiet = {"compiled": False, "progress": False}
-    for _ in range(2):
-        assert set(fxquant.calibrate(whole, [torch.ones(1, 8)], **quiet)) == {"enc.0:input"}
-        assert set(fxquant.calibrate(a, [torch.ones(1, 8)], **quiet)) == {"0:input"}
-
-
-@torch.no_grad()
 def test_any_number_of_calibrations():
     for i in range(12):
         stats = fxquant.calibrate(MLP(), [torch.randn(2, 64)], compiled=False, progress=False)

@@ -60,7 +60,8 @@ def test_folding_leaves_any_architecture_as_it_was(architecture):
     found = folded(model, folds)(**inputs)[0]
     changed = [k for k, v in model.state_dict().items() if not torch.equal(v, before[k])]
     assert len(changed) >= 2 and set(changed) <= set(folds.factors)
-    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)  # scales are float32
+    rounding = 1e-7 if architecture.__name__ == "gemma" else 1e-12  # its norm is float32 inside
+    torch.testing.assert_close(found, expected, rtol=rounding, atol=rounding)
 
 
 def _double(x):
@@ -100,6 +101,30 @@ def test_in_place_and_the_checkpoint_is_of_the_original_class(tmp_path):
 
 
 @torch.no_grad()
+def test_one_line_smooths_what_was_calibrated():
+    torch.manual_seed(0)
+    model = Outlier().eval().requires_grad_(False)
+    data = [torch.randn(16, 64) for _ in range(3)]
+    stats, x = calibrated(model, data), data[0]
+    expected = model(x) - x
+    plain = fxquant.compile(model, "int8dq")(x) - x
+    run = fxquant.compile(model, "int8dq", stats=stats, smooth=0.6)
+    smooth = run(x) - x
+    assert sqnr(plain, expected) < 27 and sqnr(smooth, expected) > 34
+    model.up.weight[:, 7] *= 2  # weights are inputs: the scale is chosen anew
+    assert sqnr(run(x) - x, model(x) - x) > 34
+    torch.compiler.reset()
+    options = {"scheme": "int8dq", "stats": stats, "smooth": {"up": 0.9}}
+    by_layer = torch.compile(model, backend="fxquant", options=options)(x)
+    assert sqnr(by_layer - x, model(x) - x) > 34 and not torch.equal(by_layer, run(x))
+    with pytest.raises(fxquant.FxQuantError, match="stats beside it"):
+        fxquant.compile(model, "int8dq", smooth=0.5)
+    with pytest.raises(fxquant.FxQuantError, match="statistics"):
+        fxquant.compile(model, "int8dq", stats=3)
+
+
+@torch.no_grad()
+@torch.no_grad()
 def test_the_graph_does_what_the_modules_do(graphs):
     torch.manual_seed(0)
     model = Outlier().eval().requires_grad_(False)
@@ -137,7 +162,7 @@ def test_parameters_with_other_uses_are_not_folded_into(caplog):
     assert "a: norm.weight is used elsewhere too" in caplog.text
     assert "not smoothed: c: c.weight is used elsewhere too" in caplog.text
     assert set(folds.factors) == {"a.weight", "b.weight"}
-    torch.testing.assert_close(folded(model, folds)(x), expected, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(folded(model, folds)(x), expected, rtol=1e-12, atol=1e-12)
 
 
 @torch.no_grad()
@@ -148,14 +173,15 @@ def test_alpha_found_by_output_error():
     stats, x = calibrated(model, data), torch.randn(64, 64)
     expected = model(x) - x
     found = {}
-    for smooth in (0.1, 0.5, 0.9, "auto"):
+    for smooth in (False, 0.3, 0.6, 0.9, "auto"):
         quantized = fxquant.quantize(copy.deepcopy(model), "int8dq", stats=stats, smooth=smooth)
         found[smooth] = sqnr(quantized(x) - x, expected)
-    assert found["auto"] > max(found[a] for a in (0.1, 0.5, 0.9)) - 0.2, found
+    fixed = [found[a] for a in (0.3, 0.6, 0.9)]
+    assert found["auto"] > max(fixed) - 0.5 and found["auto"] > found[False] + 8, found
     alphas = stats.structure.alphas(
         dict(model.named_parameters()), stats, dict.fromkeys(("up", "down"), get_scheme("int8dq"))
     )
-    assert set(alphas) == {"up", "down"} and 0.3 < alphas["up"] <= 1
+    assert set(alphas) == {"up", "down"} and 0 <= alphas["up"] <= 1
     by_layer = fxquant.quantize(copy.deepcopy(model), "int8dq", stats=stats, smooth=alphas)
     auto = fxquant.quantize(copy.deepcopy(model), "int8dq", stats=stats, smooth="auto")
     assert torch.equal(by_layer(x), auto(x))
@@ -189,8 +215,9 @@ def test_least_error_is_the_error_of_the_scheme_itself():
 @torch.no_grad()
 def test_awq_scales_what_matters_where_it_can_be_folded(caplog):
     torch.manual_seed(0)
-    model = nn.Sequential(Block(64)).eval().requires_grad_(False)
-    model[0].norm.weight[:4] *= 30
+    model = nn.Sequential(nn.LayerNorm(64), nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 64))
+    model = model.eval().requires_grad_(False)
+    model[0].weight[:3] *= 20
     data = [torch.randn(8, 16, 64) for _ in range(4)]
     stats, x = calibrated(model, data), torch.randn(8, 16, 64)
     expected = model(x)
@@ -198,6 +225,7 @@ def test_awq_scales_what_matters_where_it_can_be_folded(caplog):
     with caplog.at_level("WARNING", "fxquant"):
         fxquant.quantize(model, "int4wo-32", stats=stats, smooth="awq")
     assert sqnr(model(x), expected) > sqnr(plain(x), expected) + 1
+    assert "not smoothed: 3: nothing before it can take up the scale" in caplog.text
     assert all(m.smoothing is None for m in model.modules() if isinstance(m, fxquant.QuantLinear))
 
 

@@ -50,6 +50,7 @@ SAME_CHANNELS = frozenset(
         aten._to_copy.default,
         aten.to.dtype,
         aten.to.dtype_layout,
+        aten.type_as.default,
         aten.relu.default,  # relu(x / s) = relu(x) / s
         aten.reshape.default,
         aten.view.default,
@@ -260,9 +261,11 @@ def _scaled(
 def smoothing_scale(
     x_max: torch.Tensor, weights: Sequence[torch.Tensor], alpha: float
 ) -> torch.Tensor:
-    """s [K] of equation 4 in float32, for activations of ``max |X|`` [K] and weights [N, K] that read
+    """s [K] of equation 4 in float32 (float64 for float64 weights), for activations of ``max |X|`` [K] and weights [N, K] that read
     them; 1 for channels that are zero throughout on either side."""
-    w_max = torch.stack([w.abs().amax(0).float() for w in weights]).amax(0)
+    wide = torch.float64 if torch.float64 in {w.dtype for w in weights} else torch.float32
+    w_max = torch.stack([w.abs().amax(0).to(wide) for w in weights]).amax(0)
+    x_max = x_max.to(wide)
     scale = x_max.pow(alpha) / w_max.pow(1.0 - alpha)
     usable = (torch.minimum(x_max, w_max) > 0) & scale.isfinite() & scale.reciprocal().isfinite()
     return torch.where(usable, scale, 1.0)
