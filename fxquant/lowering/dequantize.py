@@ -39,14 +39,19 @@ def _cost(problem: Problem):
 
 
 @kernel(
-    families=("w8a8", "w4a8", "w8a16", "w4a16", "w2a16", "wf8a16", "wf8af8"),
+    families=("w8a8", "w4a8", "w8a16", "w4a16", "w3a16", "w2a16", "wf8a16", "wf8af8"),
     device="any",
     layout=LAYOUT,
     cost=_cost,
 )
 def dequantize(scheme, x, packed, bias, epilogue):
-    """``x @ dequantize(packed).T + bias``; dynamic activations are quantized and dequantized."""
+    """``x @ dequantize(packed).T + bias``; dynamic activations are quantized and dequantized.
+
+    Computed in the bias's dtype where that is wider: a correction in it must not meet a rounded sum.
+    """
+    wide = x.dtype if bias is None else max(x.dtype, bias.dtype, key=lambda t: t.itemsize)
+    operand = x.to(wide)
     if scheme.input is not None:
-        x = scheme.input.dequantize(scheme.input.quantize(x), x.dtype)
-    w = scheme.weight.dequantize(_identity_unpack(scheme, packed, 0, 0), x.dtype)
-    return F.linear(x, w, bias)
+        operand = scheme.input.dequantize(scheme.input.quantize(x), wide)
+    w = scheme.weight.dequantize(_identity_unpack(scheme, packed, 0, 0), wide)
+    return F.linear(operand, w, bias).to(x.dtype)
