@@ -77,7 +77,9 @@ def _quantize_fake(x, scheme, role):  # shapes alone: the reference is a score o
 
 
 @define("static_qparams(Tensor ends, Tensor? smoothing, str scheme) -> Tensor[]")
-def static_qparams(ends: torch.Tensor, smoothing: torch.Tensor | None, scheme: str) -> list[torch.Tensor]:
+def static_qparams(
+    ends: torch.Tensor, smoothing: torch.Tensor | None, scheme: str
+) -> list[torch.Tensor]:
     """Scale [1] float32 and, for schemes that have one, zero point [1] int32 of a static input.
 
     ends: its smallest and largest values [2, K] by channel, or [2, 1]; smoothing: float32 [K], what

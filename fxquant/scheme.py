@@ -103,16 +103,15 @@ class QuantSpec:
         codes = quantize_affine(
             x,
             self.block_size(x.dim()),
-            *(self._in_rank(t, x.dim()) for t in (scale, zero)),  # type: ignore[arg-type]
+            self._in_rank(scale, x.dim()),
+            None if zero is None else self._in_rank(zero, x.dim()),
             self.dtype,
             zero_point_domain=self.zero_point_domain,
         )
         return pack_codes(codes, self.dtype)
 
-    def _in_rank(self, qparam: torch.Tensor | None, rank: int) -> torch.Tensor | None:
-        if qparam is None or self.granularity != "tensor":
-            return qparam
-        return qparam.reshape([1] * rank)
+    def _in_rank(self, qparam: torch.Tensor, rank: int) -> torch.Tensor:
+        return qparam.reshape([1] * rank) if self.granularity == "tensor" else qparam
 
     def quantize_weight(self, weight: torch.Tensor) -> Quantized:
         """``quantize`` of a weight [N, K] with room for SLAB values at a time, if rows allow it."""
@@ -132,7 +131,8 @@ class QuantSpec:
         return dequantize_affine(
             codes,
             self.block_size(codes.dim()),
-            *(self._in_rank(t, codes.dim()) for t in (q.scale, q.zero)),  # type: ignore[arg-type]
+            self._in_rank(q.scale, codes.dim()),
+            None if q.zero is None else self._in_rank(q.zero, codes.dim()),
             self.dtype,
             zero_point_domain=self.zero_point_domain,
             output_dtype=dtype,
@@ -236,7 +236,7 @@ register(
         weight=_CHANNEL_INT8,
         input=_TENSOR_INT8_ASYM,
         dynamic="int8dq",
-        sqnr=0,
+        sqnr=37.3,
         summary="int8 weights per channel, int8 activations per tensor (calibrated, asymmetric)",
     )
 )
@@ -246,7 +246,7 @@ register(
         weight=_CHANNEL_INT8,
         input=_TENSOR_INT8,
         dynamic="int8dq",
-        sqnr=0,
+        sqnr=37.3,
         summary="int8 weights per channel, int8 activations per tensor (calibrated, symmetric)",
     )
 )
@@ -276,7 +276,7 @@ for _size, (_asymmetric, _symmetric) in _INT4_FLOORS.items():
             summary=f"int4 weights, groups of {_size}, int8 activations per token, integer product",
         )
     )
-for _size, _floor in ((32, 0), (64, 0), (128, 0)):
+for _size, _floor in ((32, 15.0), (64, 13.8), (128, 12.9)):
     register(
         Scheme(
             name=f"int3wo-{_size}",
@@ -285,7 +285,7 @@ for _size, _floor in ((32, 0), (64, 0), (128, 0)):
             summary=f"uint3 weights, groups of {_size}, float zero point",
         )
     )
-for _size, _floor in ((32, 7.6), (64, 6.5), (128, 0)):
+for _size, _floor in ((32, 7.6), (64, 6.5), (128, 5.5)):
     register(
         Scheme(
             name=f"int2wo-{_size}",
@@ -310,7 +310,7 @@ register(
         weight=_CHANNEL_FP8,
         input=_TENSOR_FP8,
         dynamic="fp8dq",
-        sqnr=0,
+        sqnr=28.0,
         summary="e4m3 weights per channel, e4m3 activations per tensor (calibrated)",
     )
 )

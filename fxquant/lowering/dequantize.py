@@ -45,13 +45,11 @@ def _cost(problem: Problem):
     cost=_cost,
 )
 def dequantize(scheme, x, packed, bias, epilogue):
-    """``x @ dequantize(packed).T + bias``; dynamic activations are quantized and dequantized.
-
-    Computed in the bias's dtype where that is wider: a correction in it must not meet a rounded sum.
-    """
-    wide = x.dtype if bias is None else max(x.dtype, bias.dtype, key=lambda t: t.itemsize)
-    operand = x.to(wide)
+    """``x @ dequantize(packed).T + bias``; dynamic activations are quantized and dequantized."""
+    if bias is not None and bias.dtype.itemsize > x.dtype.itemsize:
+        # it holds what a zero point added to the sum, which must not be rounded before
+        return dequantize(scheme, x.to(bias.dtype), packed, bias, epilogue).to(x.dtype)
     if scheme.input is not None:
-        operand = scheme.input.dequantize(scheme.input.quantize(x), wide)
-    w = scheme.weight.dequantize(_identity_unpack(scheme, packed, 0, 0), wide)
-    return F.linear(operand, w, bias).to(x.dtype)
+        x = scheme.input.dequantize(scheme.input.quantize(x), x.dtype)
+    w = scheme.weight.dequantize(_identity_unpack(scheme, packed, 0, 0), x.dtype)
+    return F.linear(x, w, bias)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from ..graph import emit, memory_of, move_before, replace, value, written
+from ..graph import emit, memory_of, move_before, replace, written
 from .base import rewrites
 
 aten = torch.ops.aten

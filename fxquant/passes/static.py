@@ -121,8 +121,8 @@ def ends_of(
             raise NonFiniteStatistics(name=f"{name}:input", batch=observer.batches)
         low, high = RANGES[ranges](observer, spec)
         if low.shape not in ((), (channels,)):
-            what, width = f"statistics of {name}", tuple(low.shape)
-            raise ShapeMismatch(what=what, found=width, expected=(channels,))
+            what, shape = f"statistics of {name}", tuple(low.shape)
+            raise ShapeMismatch(what=what, found=shape, expected=(channels,))
         found.append(torch.stack([low.reshape(-1), high.reshape(-1)]).float().cpu())
     if not found:
         return None
@@ -131,9 +131,7 @@ def ends_of(
     return torch.stack([lows.amin(0), highs.amax(0)])
 
 
-def _observer(
-    name: str, observers: Mapping[str, Any], ranges: str, smoothed: bool
-) -> Any:
+def _observer(name: str, observers: Mapping[str, Any], ranges: str, smoothed: bool) -> Any:
     """The observer that ``RANGES[ranges]`` reads, None where nothing usable was seen."""
     seen = {kind: observer for kind, observer in observers.items() if observer.batches}
     if ranges == "minmax":
