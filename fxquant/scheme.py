@@ -230,26 +230,6 @@ register(
         summary="int8 weights per channel, int8 activations per token, integer product",
     )
 )
-register(
-    Scheme(
-        name="int8static",
-        weight=_CHANNEL_INT8,
-        input=_TENSOR_INT8_ASYM,
-        dynamic="int8dq",
-        sqnr=37.3,
-        summary="int8 weights per channel, int8 activations per tensor (calibrated, asymmetric)",
-    )
-)
-register(
-    Scheme(
-        name="int8static-sym",
-        weight=_CHANNEL_INT8,
-        input=_TENSOR_INT8,
-        dynamic="int8dq",
-        sqnr=37.3,
-        summary="int8 weights per channel, int8 activations per tensor (calibrated, symmetric)",
-    )
-)
 for _size, (_asymmetric, _symmetric) in _INT4_FLOORS.items():
     register(
         Scheme(
@@ -302,6 +282,26 @@ register(
         input=_TOKEN_FP8,
         sqnr=28.1,
         summary="e4m3 weights per channel, e4m3 activations per token",
+    )
+)
+register(
+    Scheme(
+        name="int8static",
+        weight=_CHANNEL_INT8,
+        input=_TENSOR_INT8_ASYM,
+        dynamic="int8dq",
+        sqnr=37.3,
+        summary="int8 weights per channel, int8 activations per tensor (calibrated, asymmetric)",
+    )
+)
+register(
+    Scheme(
+        name="int8static-sym",
+        weight=_CHANNEL_INT8,
+        input=_TENSOR_INT8,
+        dynamic="int8dq",
+        sqnr=37.3,
+        summary="int8 weights per channel, int8 activations per tensor (calibrated, symmetric)",
     )
 )
 register(

@@ -355,6 +355,32 @@ def test_regions_and_branches(scheme):
         assert sqnr(gm(x), model(x)) > 28
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_symbolic_rows_are_dispatched_on_codes(dtype, monkeypatch):
+    """Two kernels of one layout: the fallback below 17 rows, an integer product from there on."""
+    steps = ((KERNELS["dequantize"], 0), (KERNELS["int_mm"], 17))
+    choice = select.Choice(steps[0][0].layout, steps, {})
+    monkeypatch.setattr(lowering, "select", lambda problem: choice)
+    model, x = (
+        Call(lambda m, x: F.relu(F.linear(x, m.w, m.b))).to(dtype),
+        torch.rand(40, 64, dtype=dtype),
+    )
+    stats = calibrated(model, x)
+    rows = {"x": {0: torch.export.Dim("rows", min=2)}}
+    gm = fxquant.trace(model, (x,), dynamic_shapes=rows)
+    for name, one in passes.pipeline("int8static", stats=stats, smooth=False):
+        through(gm, one)
+        if name == "merged":
+            wanted = {n: gm(x[:n]) for n in (3, 16, 17, 40)}
+    (node,) = calls(gm, ops.dispatch.default)
+    assert node.args[4:] == ("int8dq", "canonical", "dequantize<17;int_mm", "relu", 32, dtype)
+    assert value(node.args[0]).dtype == torch.int8 and value(node).dtype == dtype
+    rounding = 1.01 * torch.finfo(dtype).eps if dtype == torch.bfloat16 else 1e-5
+    for n, y in wanted.items():
+        torch.testing.assert_close(gm(x[:n]), y, rtol=rounding, atol=1e-5)
+
+
 @torch.no_grad()
 def test_float64_on_the_fallback():
     model, x = MLP().double().requires_grad_(False), X.double()
