@@ -344,38 +344,53 @@ def dequantize_affine(
     return blocks.join(values, codes.shape).to(output_dtype)
 
 
-def pack_codes(codes: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Codes of 1, 2 or 4 bits as uint8 ``[..., K * bits / 8]``; others are returned as they are.
+WHOLE_BYTES = {1: (8, 1), 2: (4, 1), 3: (8, 3), 4: (2, 1)}
+"""By bits of a code: the fewest codes that fill whole bytes, and those bytes. Others are not packed."""
 
-    Each byte holds consecutive codes of the last dimension, the first in its lowest bits, as
-    ``q - quant_min`` (offset binary), so signed and unsigned formats share one layout.
+
+def pack_codes(codes: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Codes of 1 to 4 bits as uint8 ``[..., K * bits / 8]``; others are returned as they are.
+
+    A stream of bits along the last dimension: consecutive codes, the first in the lowest bits of the
+    first byte, as ``q - quant_min`` (offset binary), so signed and unsigned formats share one layout.
+    Codes of 3 bits straddle bytes, eight of them in three.
 
     Raises ShapeMismatch if the last dimension does not fill whole bytes.
     """
     bits = bits_of(dtype)
-    if bits not in (1, 2, 4):
+    if bits not in WHOLE_BYTES:
         return codes
     _choice("dtype of codes", codes.dtype, [storage_dtype(dtype)])
-    per_byte = 8 // bits
+    count, octets = WHOLE_BYTES[bits]
     *lead, last = codes.shape
-    if isinstance(last, int) and last % per_byte:
+    if isinstance(last, int) and last % count:
         raise ShapeMismatch(
             what=f"codes of {dtype}",
             found=tuple(codes.shape),
-            expected=f"a last dimension that is a multiple of {per_byte}",
+            expected=f"a last dimension that is a multiple of {count}",
         )
-    offset = (codes - code_range(dtype)[0]).to(torch.uint8)
-    places = offset.reshape([*lead, last // per_byte, per_byte]).unbind(-1)
-    return reduce(or_, [place << (bits * i) for i, place in enumerate(places)])
+    offset = (codes - code_range(dtype)[0]).to(torch.uint8 if octets == 1 else torch.int32)
+    places = offset.reshape([*lead, last // count, count]).unbind(-1)
+    word = reduce(or_, [place << (bits * i) for i, place in enumerate(places)])
+    if octets == 1:
+        return word
+    parts = [(word >> (8 * i)) & 255 for i in range(octets)]
+    return torch.stack(parts, dim=-1).to(torch.uint8).flatten(-2)
 
 
 def unpack_codes(packed: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """The exact inverse of ``pack_codes``: int8 codes of a signed ``dtype``, uint8 otherwise."""
     bits = bits_of(dtype)
-    if bits not in (1, 2, 4):
+    if bits not in WHOLE_BYTES:
         return packed
     _choice("dtype of packed codes", packed.dtype, [torch.uint8])
+    count, octets = WHOLE_BYTES[bits]
+    word = packed
+    if octets > 1:
+        *lead, last = packed.shape
+        parts = packed.to(torch.int32).reshape([*lead, last // octets, octets]).unbind(-1)
+        word = reduce(or_, [part << (8 * i) for i, part in enumerate(parts)])
     mask = (1 << bits) - 1
-    places = torch.stack([(packed >> shift) & mask for shift in range(0, 8, bits)], dim=-1)
+    places = torch.stack([(word >> (bits * i)) & mask for i in range(count)], dim=-1)
     codes = places.to(storage_dtype(dtype)) + code_range(dtype)[0]
     return codes.flatten(-2)

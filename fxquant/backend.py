@@ -18,6 +18,7 @@ from .errors import (
     GradRequired,
     NothingQuantized,
     NotQuantized,
+    RangeConflict,
     RecipeConflict,
 )
 from .graph import Layer, layers, parameters
@@ -26,6 +27,7 @@ from .lifting import Rewritten, lift, sources_hash
 from .modules import QuantLinear
 from .passes import pipeline
 from .recipe import Recipe
+from .scheme import get_scheme
 
 log = logging.getLogger("fxquant.backend")
 
@@ -40,7 +42,7 @@ def fxquant_backend(
 ) -> Callable[..., Any]:
     """Quantize the linears of a Dynamo graph and compile the result with Inductor.
 
-    options: ``scheme`` or ``recipe``, ``stats`` and ``smooth``, ``dump_dir``, ``strict``,
+    options: ``scheme`` or ``recipe``, ``stats``, ``smooth`` and ``ranges``, ``dump_dir``, ``strict``,
     ``inductor``. Raises the errors of Config.of, GradRequired, UnusedRule, NonFiniteWeight, and
     NotQuantized under ``strict``; TorchDynamo wraps them in BackendCompilerFailed.
     """
@@ -73,7 +75,8 @@ class Runner:
 
 
 class Watch:
-    """Sees when a graph is reused for other parameters whose names ask for another scheme."""
+    """Sees when a graph is reused for other parameters whose names ask for another scheme, or whose
+    input has a static range of its own."""
 
     def __init__(self, recipe: Recipe, weights: list[tuple[int, Layer]], seen: tuple[int, ...]):
         self.recipe = recipe
@@ -81,7 +84,7 @@ class Watch:
         self.seen = {seen}
 
     def __call__(self, args: Sequence[Any]) -> None:
-        """Raises RecipeConflict."""
+        """Raises RecipeConflict, RangeConflict."""
         key = tuple(id(args[i]) for i, _ in self.weights)
         if key in self.seen:
             return
@@ -100,13 +103,17 @@ class Watch:
                     first=layer.name,
                     compiled=compiled or "no scheme",
                 )
+            if name != layer.name and _is_static(layer):
+                raise RangeConflict(layer=name, first=layer.name)
         self.seen.add(key)
 
 
 def _watch(
     gm: fx.GraphModule, inputs: Sequence[Any], config: Config, found: dict[str, Layer]
 ) -> Watch | None:
-    if config.recipe is None or not config.recipe.by_name:
+    if config.recipe is None:
+        return None
+    if not config.recipe.by_name and not any(map(_is_static, found.values())):
         return None
     names = NAMES.tensors()
     weights = []
@@ -116,6 +123,10 @@ def _watch(
             if name in found:
                 weights.append((i, found[name]))
     return Watch(config.recipe, weights, tuple(id(inputs[i]) for i, _ in weights))
+
+
+def _is_static(layer: Layer) -> bool:
+    return layer.scheme is not None and get_scheme(layer.scheme).static
 
 
 def rewrite(
@@ -155,8 +166,8 @@ def rewrite(
 
 def _run_passes(gm: fx.GraphModule, recipe: Recipe, config: Config, dump: Dump) -> None:
     """A plain loop: torch.fx's PassManager would bury a named error under a nameless one."""
-    decided = {"strict": config.strict, "stats": config.stats, "smooth": config.smooth}
-    for name, one in pipeline(recipe, **decided):
+    decided = {"stats": config.stats, "smooth": config.smooth, "ranges": config.ranges}
+    for name, one in pipeline(recipe, strict=config.strict, **decided):
         started = time.perf_counter()
         one(gm)
         log.debug("%s: %.3f s", one, time.perf_counter() - started)
@@ -236,18 +247,21 @@ def compile(
     strict: bool = False,
     stats: Any = None,
     smooth: Any = None,
+    ranges: str | None = None,
     inductor: Mapping[str, Any] | None = None,
 ) -> Callable[..., Any]:
     """``torch.compile(model, backend="fxquant")`` whose settings are checked now.
 
     stats: what ``calibrate`` returned: activations that the scheme quantizes are smoothed with it
-    (SmoothQuant), ``smooth`` (0 to 1, 0.5 unless given) of the difficulty going to the weights.
+    (SmoothQuant), ``smooth`` (0 to 1, 0.5 unless given) of the difficulty going to the weights, False
+    for none. Static schemes need it: ``ranges`` says how it gives the range of an input ("minmax";
+    "percentile" or "mse" of a histogram, without smoothing).
 
     Raises UnknownScheme, InvalidRule, InvalidOption, UnknownOption; UnusedRule for a rule that
     matches no linear of ``model``; NothingQuantized for a model without one.
     """
     given = {"scheme": scheme, "recipe": recipe, "dump_dir": dump_dir, "inductor": inductor}
-    given |= {"stats": stats, "smooth": smooth}
+    given |= {"stats": stats, "smooth": smooth, "ranges": ranges}
     options = {k: v for k, v in given.items() if v is not None} | {"strict": strict}
     config = Config.of(options, mode)
     NAMES.add(model)

@@ -90,6 +90,14 @@ class RecipeConflict(FxQuantError, RuntimeError):
     )
 
 
+class RangeConflict(FxQuantError, RuntimeError):
+    message = (
+        "{layer}: its input would be quantized with the static range of {first}, whose compiled graph "
+        "it shares; compile the whole model without a graph break between its blocks, quantize it in "
+        "place with its statistics (fxquant.quantize), or use a dynamic scheme"
+    )
+
+
 class StageMismatch(FxQuantError, ValueError):
     message = "pass {pass_name} takes a graph at stage {required}, this one is at stage {found}"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import operator
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -197,6 +198,15 @@ def parameters(gm: fx.GraphModule) -> dict[fx.Node, str]:
         elif node.op == "get_attr" and isinstance(fetch(gm, str(node.target)), torch.Tensor):
             found[node] = known.get(node.name, str(node.target))
     return found
+
+
+def new_constant(gm: fx.GraphModule, prefix: str, tensor: torch.Tensor) -> fx.Node:
+    """A ``get_attr`` node, at the insertion point, of ``tensor``, which becomes a buffer of ``gm``."""
+    name = next(n for i in itertools.count() if not hasattr(gm, n := f"{prefix}_{i}"))
+    gm.register_buffer(name, tensor)
+    node = gm.graph.get_attr(name)
+    node.meta["val"] = fake_mode(gm).from_tensor(tensor, static_shapes=True)
+    return node
 
 
 def fetch(gm: torch.nn.Module, target: str) -> Any:

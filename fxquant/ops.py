@@ -7,11 +7,13 @@ later stage. Ops name their scheme by string, so that a graph can be printed, di
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 
 from . import observers
+from .errors import InvalidOption
 from .scheme import Quantized, QuantSpec, get_scheme
 
 LIBRARY = torch.library.Library("fxquant", "DEF")
@@ -65,14 +67,39 @@ def quantize(x: torch.Tensor, scheme: str, role: str) -> list[torch.Tensor]:
 @torch.library.register_fake("fxquant::quantize", lib=LIBRARY, allow_override=True)
 def _quantize_fake(x, scheme, role):  # shapes alone: the reference is a score of ops
     spec = spec_of(scheme, role)
-    per_byte = spec.codes_per_byte
-    codes = x.new_empty((*x.shape[:-1], x.shape[-1] // per_byte), dtype=spec.codes_dtype)
+    codes = x.new_empty((*x.shape[:-1], spec.stored_width(x.shape[-1])), dtype=spec.codes_dtype)
     blocks = [
         1 if b == -1 else n // b for n, b in zip(x.shape, spec.block_size(x.dim()), strict=True)
     ]
     scale = x.new_empty(blocks, dtype=spec.scale_dtype)
     zero = {"none": None, "float": spec.scale_dtype, "int": torch.int32}[spec.zero_point_domain]
     return [codes, scale] if zero is None else [codes, scale, x.new_empty(blocks, dtype=zero)]
+
+
+@define("static_qparams(Tensor ends, Tensor? smoothing, str scheme) -> Tensor[]")
+def static_qparams(
+    ends: torch.Tensor, smoothing: torch.Tensor | None, scheme: str
+) -> list[torch.Tensor]:
+    """Scale [1] float32 and, for schemes that have one, zero point [1] int32 of a static input.
+
+    ends: its smallest and largest values [2, K] by channel, or [2, 1]; smoothing: float32 [K], what
+    the channels of the input were divided by after that.
+    """
+    values = ends if smoothing is None else ends / smoothing
+    return [t for t in spec_of(scheme, "input").qparams(values.flatten()) if t is not None]
+
+
+@define("quantize_static(Tensor x, Tensor scale, Tensor? zero, str scheme) -> Tensor")
+def quantize_static(
+    x: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, scheme: str
+) -> torch.Tensor:
+    """Codes of ``x`` for the ``scale`` and ``zero`` [1] of a static scheme's input."""
+    return spec_of(scheme, "input").encode(x, scale, zero)
+
+
+@torch.library.register_fake("fxquant::quantize_static", lib=LIBRARY, allow_override=True)
+def _quantize_static_fake(x, scale, zero, scheme):
+    return x.new_empty(x.shape, dtype=spec_of(scheme, "input").codes_dtype)
 
 
 @define(
@@ -92,13 +119,13 @@ def dequantize(
 
 @torch.library.register_fake("fxquant::dequantize", lib=LIBRARY, allow_override=True)
 def _dequantize_fake(codes, scale, zero, scheme, role, dtype):
-    per_byte = spec_of(scheme, role).codes_per_byte
-    return codes.new_empty((*codes.shape[:-1], codes.shape[-1] * per_byte), dtype=dtype)
+    width = spec_of(scheme, role).width(codes.shape[-1])
+    return codes.new_empty((*codes.shape[:-1], width), dtype=dtype)
 
 
 @define(
     "linear(Tensor x, Tensor codes, Tensor scale, Tensor? zero, Tensor? bias, str scheme,"
-    " str epilogue) -> Tensor"
+    " str epilogue, Tensor? x_scale=None, Tensor? x_zero=None, ScalarType? dtype=None) -> Tensor"
 )
 def linear(
     x: torch.Tensor,
@@ -108,21 +135,65 @@ def linear(
     bias: torch.Tensor | None,
     scheme: str,
     epilogue: str,
+    x_scale: torch.Tensor | None = None,
+    x_zero: torch.Tensor | None = None,
+    dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
-    """``activation(dequantize(quantize(x)) @ dequantize(codes).T + bias)``, rounded once to x.dtype."""
+    """``activation(dequantize(quantize(x)) @ dequantize(codes).T + bias)``, rounded once to x.dtype.
+
+    For a static scheme ``x`` is codes already (``quantize_static``), x_scale and x_zero [1] are what
+    they were made with, and the result has ``dtype``. Raises InvalidOption where these are missing,
+    or given to another scheme.
+    """
     row = get_scheme(scheme)
-    wide = compute_dtype(x.dtype)
-    x_wide = x.to(wide)
-    if row.input is not None:
-        x_wide = row.input.dequantize(row.input.quantize(x), wide)
+    result = _result_dtype(x, scheme, x_scale, dtype)
+    wide = compute_dtype(result)
+    if row.input is None:
+        x_wide = x.to(wide)
+    else:
+        q = row.input.quantize(x) if x_scale is None else Quantized(x, x_scale, x_zero)
+        x_wide = row.input.dequantize(q, wide)
     w = row.weight.dequantize(Quantized(codes, scale, zero), wide)
     y = F.linear(x_wide, w, None if bias is None else bias.to(wide))
-    return ACTIVATIONS[epilogue](y).to(x.dtype)
+    return ACTIVATIONS[epilogue](y).to(result)
+
+
+def _result_dtype(
+    x: torch.Tensor, scheme: str, x_scale: torch.Tensor | None, dtype: torch.dtype | None
+) -> torch.dtype:
+    given = ("none" if x_scale is None else "a tensor", dtype)
+    if not get_scheme(scheme).static:
+        if x_scale is not None or dtype is not None:
+            expected = f"neither: the input of {scheme} is not static"
+            raise InvalidOption(name="x_scale, dtype", value=given, expected=expected)
+        return x.dtype
+    if x_scale is None or dtype is None:
+        expected = f"both, beside codes of x: {scheme} takes its input's scale from calibration"
+        raise InvalidOption(name="x_scale, dtype", value=given, expected=expected)
+    return dtype
 
 
 @torch.library.register_fake("fxquant::linear", lib=LIBRARY, allow_override=True)
-def _linear_fake(x, codes, scale, zero, bias, scheme, epilogue):
-    return x.new_empty((*x.shape[:-1], codes.shape[0]))
+def _linear_fake(
+    x, codes, scale, zero, bias, scheme, epilogue, x_scale=None, x_zero=None, dtype=None
+):
+    result = _result_dtype(x, scheme, x_scale, dtype)
+    return x.new_empty((*x.shape[:-1], codes.shape[0]), dtype=result)
+
+
+class LinearArguments(NamedTuple):
+    """The arguments of a ``fxquant::linear`` node, by name: ``LinearArguments(*node.args)``."""
+
+    x: Any
+    codes: Any
+    scale: Any
+    zero: Any
+    bias: Any
+    scheme: str
+    epilogue: str
+    x_scale: Any = None
+    x_zero: Any = None
+    dtype: torch.dtype | None = None
 
 
 @define("observe(Tensor x, str name) -> Tensor")

@@ -8,6 +8,7 @@ from typing import Literal, NamedTuple
 import torch
 
 from .affine import (
+    WHOLE_BYTES,
     bits_of,
     choose_qparams_affine,
     dequantize_affine,
@@ -64,12 +65,15 @@ class QuantSpec:
     @property
     def codes_dtype(self) -> torch.dtype:
         """What the codes are stored in: several to a byte in uint8."""
-        return torch.uint8 if self.codes_per_byte > 1 else storage_dtype(self.dtype)
+        return torch.uint8 if self.bits in WHOLE_BYTES else storage_dtype(self.dtype)
 
-    @property
-    def codes_per_byte(self) -> int:
-        """1, 2 and 4 bits are packed, other widths are not."""
-        return 8 // self.bits if self.bits in (1, 2, 4) else 1
+    def stored_width(self, k: int) -> int:
+        """What ``k`` codes along the last dimension take there: up to 4 bits are packed."""
+        return k * self.bits // 8 if self.bits in WHOLE_BYTES else k
+
+    def width(self, stored: int) -> int:
+        """The inverse of ``stored_width``."""
+        return stored * 8 // self.bits if self.bits in WHOLE_BYTES else stored
 
     def block_size(self, rank: int) -> list[int]:
         """Block of values that share a scale; -1 stands for the whole dimension."""
@@ -81,19 +85,36 @@ class QuantSpec:
 
     def quantize(self, x: torch.Tensor) -> Quantized:
         """Codes (sub-byte ones packed) and qparams of ``x``, the scale rounded to scale_dtype first."""
-        block = self.block_size(x.dim())
-        scale, zero = choose_qparams_affine(
+        scale, zero = self.qparams(x)
+        return Quantized(self.encode(x, scale, zero), scale, zero)
+
+    def qparams(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Scale and zero point for the blocks of ``x``, in its rank."""
+        return choose_qparams_affine(
             x,
-            block,
+            self.block_size(x.dim()),
             self.dtype,
             mapping=self.mapping,
             zero_point_domain=self.zero_point_domain,
             scale_dtype=self.scale_dtype,
         )
+
+    def encode(
+        self, x: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Codes of ``x`` (sub-byte ones packed) for given qparams; those of a tensor in any rank."""
         codes = quantize_affine(
-            x, block, scale, zero, self.dtype, zero_point_domain=self.zero_point_domain
+            x,
+            self.block_size(x.dim()),
+            self._in_rank(scale, x.dim()),
+            None if zero is None else self._in_rank(zero, x.dim()),
+            self.dtype,
+            zero_point_domain=self.zero_point_domain,
         )
-        return Quantized(pack_codes(codes, self.dtype), scale, zero)
+        return pack_codes(codes, self.dtype)
+
+    def _in_rank(self, qparam: torch.Tensor, rank: int) -> torch.Tensor:
+        return qparam.reshape([1] * rank) if self.granularity == "tensor" else qparam
 
     def quantize_weight(self, weight: torch.Tensor) -> Quantized:
         """``quantize`` of a weight [N, K] with room for SLAB values at a time, if rows allow it."""
@@ -113,8 +134,8 @@ class QuantSpec:
         return dequantize_affine(
             codes,
             self.block_size(codes.dim()),
-            q.scale,
-            q.zero,
+            self._in_rank(q.scale, codes.dim()),
+            None if q.zero is None else self._in_rank(q.zero, codes.dim()),
             self.dtype,
             zero_point_domain=self.zero_point_domain,
             output_dtype=dtype,
@@ -127,21 +148,37 @@ class Scheme:
 
     The floor is the measured value less 0.5 dB, for Gaussian weights and activations at
     K = 1024 (tests/test_schemes.py).
+
+    A ``static`` scheme takes the scale of its input from calibration. Once that is chosen its codes
+    are those of a dynamic scheme, ``dynamic``, whose kernels, layouts and measured tables it shares.
     """
 
     name: str
     weight: QuantSpec
     input: QuantSpec | None = None
+    dynamic: str = ""
     sqnr: float
     summary: str
 
     @property
+    def static(self) -> bool:
+        """Whether one scale, known beforehand, serves the whole input."""
+        return self.input is not None and self.input.granularity == "tensor"
+
+    @property
+    def product(self) -> Scheme:
+        """The scheme whose kernels multiply the codes: this one, unless it is static."""
+        return SCHEMES[self.dynamic] if self.static else self
+
+    @property
     def family(self) -> str:
-        """What a kernel is written for: weight and activation format, e.g. ``w4a16`` or ``wf8af8``."""
+        """What a kernel is written for: weight and activation format, e.g. ``w4a16`` or ``wf8af8``.
+        No kernel is written for ``s``, static activations: see ``product``."""
         kind = {True: "f8", False: str(self.weight.bits)}[self.weight.dtype.is_floating_point]
         if self.input is None:
             return f"w{kind}a16"
-        return f"w{kind}a{'f8' if self.input.dtype.is_floating_point else self.input.bits}"
+        input_kind = "f8" if self.input.dtype.is_floating_point else self.input.bits
+        return f"w{kind}{'s' if self.static else 'a'}{input_kind}"
 
 
 def _int(dtype: torch.dtype, granularity: Granularity, **kw) -> QuantSpec:
@@ -166,6 +203,9 @@ _CHANNEL_FP8 = _int(torch.float8_e4m3fn, "channel")
 _TOKEN_INT8 = _int(torch.int8, "token")
 _TOKEN_INT8_ASYM = _int(torch.int8, "token", mapping="asymmetric", zero_point_domain="int")
 _TOKEN_FP8 = _int(torch.float8_e4m3fn, "token")
+_TENSOR_INT8 = _int(torch.int8, "tensor")
+_TENSOR_INT8_ASYM = _int(torch.int8, "tensor", mapping="asymmetric", zero_point_domain="int")
+_TENSOR_FP8 = _int(torch.float8_e4m3fn, "tensor")
 
 SCHEMES: dict[str, Scheme] = {}
 
@@ -219,7 +259,16 @@ for _size, (_asymmetric, _symmetric) in _INT4_FLOORS.items():
             summary=f"int4 weights, groups of {_size}, int8 activations per token, integer product",
         )
     )
-for _size, _floor in ((32, 7.6), (64, 6.5)):
+for _size, _floor in ((32, 15.0), (64, 13.8), (128, 12.9)):
+    register(
+        Scheme(
+            name=f"int3wo-{_size}",
+            weight=_group(torch.uint3, _size, asymmetric=True),
+            sqnr=_floor,
+            summary=f"uint3 weights, groups of {_size}, float zero point",
+        )
+    )
+for _size, _floor in ((32, 7.6), (64, 6.5), (128, 5.5)):
     register(
         Scheme(
             name=f"int2wo-{_size}",
@@ -238,6 +287,36 @@ register(
         summary="e4m3 weights per channel, e4m3 activations per token",
     )
 )
+register(
+    Scheme(
+        name="int8static",
+        weight=_CHANNEL_INT8,
+        input=_TENSOR_INT8_ASYM,
+        dynamic="int8dq",
+        sqnr=37.3,
+        summary="int8 weights per channel, int8 activations per tensor (calibrated, asymmetric)",
+    )
+)
+register(
+    Scheme(
+        name="int8static-sym",
+        weight=_CHANNEL_INT8,
+        input=_TENSOR_INT8,
+        dynamic="int8dq",
+        sqnr=37.3,
+        summary="int8 weights per channel, int8 activations per tensor (calibrated, symmetric)",
+    )
+)
+register(
+    Scheme(
+        name="fp8static",
+        weight=_CHANNEL_FP8,
+        input=_TENSOR_FP8,
+        dynamic="fp8dq",
+        sqnr=28.0,
+        summary="e4m3 weights per channel, e4m3 activations per tensor (calibrated)",
+    )
+)
 
 ALIASES = {
     "W8A16": "int8wo",
@@ -247,8 +326,11 @@ ALIASES = {
     "W4A8": "8da4w-128",
     "FP8": "fp8wo",
     "FP8_DYNAMIC": "fp8dq",
+    "FP8_STATIC": "fp8static",
+    "W8A8_STATIC": "int8static",
     "int4wo": "int4wo-128",
     "8da4w": "8da4w-32",
+    "int3wo": "int3wo-32",
     "int2wo": "int2wo-32",
 }
 

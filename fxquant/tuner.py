@@ -317,7 +317,7 @@ def tune(
         if isinstance(model, nn.Module)
         else list(model)
     )
-    name = get_scheme(scheme).name
+    name = get_scheme(scheme).product.name
     readings = measure([(name, n, k) for n, k in shapes], device, rows, progress)
     save(best(readings), path or user_table(device_row(device).name))
     forget()

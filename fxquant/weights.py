@@ -224,7 +224,7 @@ def _restore_plan(
     scheme, layout = get_scheme(pack.args[3]), LAYOUTS[pack.args[4]]
     codes = parts[0]
     n = sum(c.shape[0] for c in codes)
-    k = codes[0].shape[1] * (8 // scheme.weight.bits if scheme.weight.bits < 8 else 1)
+    k = scheme.weight.width(codes[0].shape[1])
     owned = [weakref.ref(t) for group in parts for t in group]
 
     def refill(packed: Sequence[torch.Tensor]) -> None:

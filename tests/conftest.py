@@ -13,6 +13,7 @@ if not torch.cuda.is_available():
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import fxquant.backend
+from fxquant.scheme import Quantized, get_scheme
 
 
 class MLP(nn.Module):
@@ -52,6 +53,20 @@ def sqnr(found: torch.Tensor, wanted: torch.Tensor) -> float:
     """Signal-to-quantization-noise ratio in dB."""
     found, wanted = found.double(), wanted.double()
     return float(10 * torch.log10(wanted.square().sum() / (found - wanted).square().sum()))
+
+
+def linear_on(
+    x: torch.Tensor, q: Quantized, bias: torch.Tensor | None, scheme: str, epilogue: str = ""
+) -> torch.Tensor:
+    """``fxquant::linear`` of ``x``; a static scheme's input has the range that ``x`` itself has."""
+    ops, static = torch.ops.fxquant, ()
+    if get_scheme(scheme).static:
+        ends = torch.stack(torch.aminmax(x.float())).unsqueeze(1)
+        scale, *rest = ops.static_qparams(ends, None, scheme)
+        zero = rest[0] if rest else None
+        static = (scale, zero, x.dtype)
+        x = ops.quantize_static(x, scale, zero, scheme)
+    return ops.linear(x, *q, bias, scheme, epilogue, *static)
 
 
 @pytest.fixture(autouse=True)

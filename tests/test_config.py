@@ -44,13 +44,14 @@ def test_every_option_arrives(tmp_path):
         "strict": True,
         "stats": Stats(),
         "smooth": 0.7,
+        "ranges": "mse",
         "inductor": {"cpp_wrapper": True},
     }
     config = Config.of(MappingProxyType(given))
     assert config.recipe == Recipe((Rule(scheme="W8A8"),))
     assert config.dump_dir == str(tmp_path) and config.strict is True
     assert config.inductor == {"cpp_wrapper": True}
-    assert config.stats is given["stats"] and config.smooth == 0.7
+    assert config.stats is given["stats"] and (config.smooth, config.ranges) == (0.7, "mse")
     assert Config.of({"recipe": {"*": None}}).recipe == Recipe((Rule(scheme=None),))
     assert set(given) | {"recipe"} == set(OPTIONS)
 

@@ -91,6 +91,14 @@ def recipe_conflict():
     model(X)
 
 
+def range_conflict():
+    model = nn.Sequential(MLP(out=64), MLP(out=64)).requires_grad_(False)
+    stats = fxquant.calibrate(model, [X], compiled=False, progress=False)
+    for block in model:
+        block.compile(backend="fxquant", options={"scheme": "int8static", "stats": stats})
+    model(X)
+
+
 def stage_mismatch():
     passes.fuse(fxquant.trace(frozen(), (X,)))
 
@@ -239,6 +247,10 @@ CASES = {
     recipe_conflict: (
         errors.RecipeConflict,
         r"^1\.(up|down): .* no scheme, .* with 0\.(up|down) was compiled for int8wo; compile the",
+    ),
+    range_conflict: (
+        errors.RangeConflict,
+        r"^1\.(up|down): .* static range of 0\.(up|down), .* in place with its statistics .*dynamic",
     ),
     stage_mismatch: (errors.StageMismatch, r"^pass fuse takes .* reference, .* at stage captured"),
     illegal_graph: (errors.IllegalGraph, r"not legal at stage float: node relu.*: has no value"),

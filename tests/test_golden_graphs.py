@@ -104,9 +104,10 @@ class TestGoldenGraphs(TestCase):
         self.assertEqual(stage(gm), wanted)
         return listing(gm)
 
-    def until_merge(self, scheme: str) -> tuple[Pass, ...]:
+    def until_merge(self, scheme: str, **decided: Any) -> tuple[Pass, ...]:
         names = ("lowered", "verified")
-        return tuple(one for name, one in passes.pipeline(scheme) if name not in names)
+        found = passes.pipeline(scheme, **decided)
+        return tuple(one for name, one in found if name not in names)
 
     def test_float(self):
         text = self.graph(Model(), "float", passes.normalize)
@@ -273,6 +274,54 @@ folded_0:
   return quantize_default
 folded_1:
   quantize_default_1 = fxquant.quantize(p0, int4wo-32, weight)
+  return quantize_default_1""",
+        )
+
+    def test_static(self):
+        """Codes from the first linear to the second; nothing is dequantized."""
+        model = Model()
+        stats = fxquant.calibrate(model, [torch.ones(2, 32)], compiled=False, progress=False)
+        text = self.graph(
+            model, "fused", *self.until_merge("int8static", stats=stats, smooth=False)
+        )
+        self.assertExpectedInline(
+            text,
+            """\
+up_weight = self.up.weight
+up_bias = self.up.bias
+down_weight = self.down.weight
+down_bias = self.down.bias
+input x: float32[2, 32](32, 1)
+range_0 = self.range_0
+folded_0: [float32[1](1,), int32[1](1,)] = self.folded_0(range_0)
+folded_1: [int8[64, 32](32, 1), float32[64, 1](1, 1)] = self.folded_1(up_weight)
+range_1 = self.range_1
+folded_2: [float32[1](1,), int32[1](1,)] = self.folded_2(range_1)
+folded_3: [int8[32, 64](64, 1), float32[32, 1](1, 1)] = self.folded_3(down_weight)
+getitem = getitem(folded_0, 0)
+getitem_1 = getitem(folded_0, 1)
+quantize_static_default: int8[2, 32](32, 1) = fxquant.quantize_static(x, getitem, getitem_1, int8static)
+getitem_2 = getitem(folded_1, 0)
+getitem_3 = getitem(folded_1, 1)
+linear_default_2: float32[2, 64](64, 1) = fxquant.linear(quantize_static_default, getitem_2, getitem_3, None, up_bias, int8static, gelu, getitem, getitem_1, float32)
+getitem_4 = getitem(folded_2, 0)
+getitem_5 = getitem(folded_2, 1)
+quantize_static_default_1: int8[2, 64](64, 1) = fxquant.quantize_static(linear_default_2, getitem_4, getitem_5, int8static)
+getitem_6 = getitem(folded_3, 0)
+getitem_7 = getitem(folded_3, 1)
+linear_default_1: float32[2, 32](32, 1) = fxquant.linear(quantize_static_default_1, getitem_6, getitem_7, None, down_bias, int8static, '', getitem_4, getitem_5, float32)
+return linear_default_1
+folded_0:
+  static_qparams_default = fxquant.static_qparams(p0, None, int8static)
+  return static_qparams_default
+folded_1:
+  quantize_default = fxquant.quantize(p0, int8static, weight)
+  return quantize_default
+folded_2:
+  static_qparams_default_1 = fxquant.static_qparams(p0, None, int8static)
+  return static_qparams_default_1
+folded_3:
+  quantize_default_1 = fxquant.quantize(p0, int8static, weight)
   return quantize_default_1""",
         )
 

@@ -13,7 +13,12 @@ from .conftest import Block, sqnr
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
-DISTINCT = [s for s in SCHEMES if not s.endswith(("64", "128", "256", "128-sym", "256-sym"))]
+STATIC = [s for s in SCHEMES if SCHEMES[s].static]
+DISTINCT = [
+    s
+    for s in SCHEMES
+    if s not in STATIC and not s.endswith(("64", "128", "256", "128-sym", "256-sym"))
+]
 
 
 @pytest.mark.parametrize("scheme", [*DISTINCT, "int4wo-64", "int4wo-128", "int4wo-64-sym"])
@@ -43,6 +48,27 @@ def test_cuda_graphs_and_weight_updates(scheme):
     for _ in range(3):
         y = run(x).clone()
     assert sqnr(y, model(x)) > floor
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("smooth", [False, 0.5])
+@pytest.mark.parametrize("scheme", STATIC)
+@torch.no_grad()
+def test_static_schemes_compile_and_are_right(scheme, smooth, dtype):
+    model = Block(256).cuda().to(dtype).requires_grad_(False).eval()
+    run, reference = None, None
+    for rows in (1, 24, 300):
+        x = torch.randn(2, rows, 256, device="cuda", dtype=dtype)
+        if run is None:
+            stats = fxquant.calibrate(model, [4 * x, x], compiled=False, progress=False)
+            run = fxquant.compile(model, scheme, stats=stats, smooth=smooth, dynamic=True)
+        reference = fxquant.trace(model, (x,))
+        for name, one in fxquant.passes.pipeline(scheme, stats=stats, smooth=smooth):
+            if name not in ("fused", "handed_over", "merged", "lowered", "verified"):
+                one(reference)
+        y = run(x)
+        assert sqnr(y, reference(x)) > 36
+        assert sqnr(y, model(x)) > min(SCHEMES[scheme].sqnr, 30) - 6
 
 
 @pytest.mark.parametrize("scheme", ["int8dq", "int4wo-64"])

@@ -6,10 +6,11 @@ import pytest
 import torch
 
 import fxquant  # noqa: F401
+from fxquant.lowering.kernel import KERNELS
 from fxquant.ops import bundle
 from fxquant.scheme import SCHEMES, QuantSpec
 
-from .conftest import sqnr
+from .conftest import linear_on, sqnr
 
 
 def measured(scheme: str) -> float:
@@ -18,7 +19,7 @@ def measured(scheme: str) -> float:
     w = torch.randn(512, 1024, generator=generator)
     x = torch.randn(256, 1024, generator=generator)
     q = bundle(torch.ops.fxquant.quantize(w, scheme, "weight"))
-    y = torch.ops.fxquant.linear(x.double(), *q, None, scheme, "")
+    y = linear_on(x.double(), q, None, scheme)
     return sqnr(y, x.double() @ w.double().T)
 
 
@@ -43,4 +44,19 @@ def test_large_weights_are_quantized_in_slabs(scheme, monkeypatch):
 def test_codes_are_stored_in_what_the_spec_says(bits):
     spec = QuantSpec(dtype=getattr(torch, f"int{bits}"), granularity="channel")
     codes = spec.quantize(torch.randn(4, 16)).codes
-    assert codes.dtype == spec.codes_dtype and codes.shape == (4, 16 // spec.codes_per_byte)
+    assert codes.dtype == spec.codes_dtype and codes.shape == (4, spec.stored_width(16))
+    assert spec.stored_width(16) == (2 * bits if bits <= 4 else 16)
+    assert spec.width(spec.stored_width(16)) == 16
+
+
+def test_static_codes_are_multiplied_as_a_dynamic_schemes():
+    """Same weight, same domain of codes: only where the scale of the input comes from differs."""
+    found = {s.name: s.product.name for s in SCHEMES.values() if s.static}
+    assert found == {"int8static": "int8dq", "int8static-sym": "int8dq", "fp8static": "fp8dq"}
+    for name, product in found.items():
+        static, dynamic = SCHEMES[name], SCHEMES[product]
+        assert static.weight == dynamic.weight and not dynamic.static
+        assert static.input.dtype == dynamic.input.dtype
+        assert dynamic.input.zero_point_domain == "none"
+        assert not any(static.family in kernel.families for kernel in KERNELS.values())
+    assert all(s.product is s for s in SCHEMES.values() if not s.static)

@@ -39,13 +39,16 @@ def _cost(problem: Problem):
 
 
 @kernel(
-    families=("w8a8", "w4a8", "w8a16", "w4a16", "w2a16", "wf8a16", "wf8af8"),
+    families=("w8a8", "w4a8", "w8a16", "w4a16", "w3a16", "w2a16", "wf8a16", "wf8af8"),
     device="any",
     layout=LAYOUT,
     cost=_cost,
 )
 def dequantize(scheme, x, packed, bias, epilogue):
     """``x @ dequantize(packed).T + bias``; dynamic activations are quantized and dequantized."""
+    if bias is not None and bias.dtype.itemsize > x.dtype.itemsize:
+        # it holds what a zero point added to the sum, which must not be rounded before
+        return dequantize(scheme, x.to(bias.dtype), packed, bias, epilogue).to(x.dtype)
     if scheme.input is not None:
         x = scheme.input.dequantize(scheme.input.quantize(x), x.dtype)
     w = scheme.weight.dequantize(_identity_unpack(scheme, packed, 0, 0), x.dtype)

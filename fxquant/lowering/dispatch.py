@@ -53,9 +53,17 @@ def prequantized(scheme: Scheme, codes: Sequence[torch.Tensor | None]) -> Scheme
     return replace(scheme, input=spec)
 
 
+def shaped_like(codes: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Stands for activations [M, K] of which codes alone exist: their shape and dtype, no memory.
+
+    What multiplies codes asks nothing else of them.
+    """
+    return codes.new_empty((1, 1), dtype=dtype).expand(codes.shape)
+
+
 @define(
     "dispatch(Tensor x, Tensor[] codes, Tensor[] packed, Tensor? bias, str scheme, str layout, str plan,"
-    " str epilogue, int n) -> Tensor"
+    " str epilogue, int n, ScalarType? dtype=None) -> Tensor"
 )
 def dispatch(
     x: torch.Tensor,
@@ -67,10 +75,12 @@ def dispatch(
     plan: str,
     epilogue: str,
     n: int,
+    dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
     """Run the kernel that ``plan`` names for this number of rows ("a<17;b<257;c": a below 17, ...).
 
-    codes: ``x`` as the scheme quantizes it, or nothing where it does not.
+    codes: ``x`` as the scheme quantizes it, or nothing where it does not. dtype: that of activations
+    which come as codes, ``x`` too.
     """
     rows, name = x.shape[0], ""
     for step in plan.split(";"):
@@ -78,14 +88,15 @@ def dispatch(
         if not limit or rows < int(limit):
             break
     row = prequantized(get_scheme(scheme), codes)
+    x = x if dtype is None else shaped_like(x, dtype)
     return run_kernel(name, row, layout, x, packed, bias, epilogue, n)
 
 
 @torch.library.register_fake("fxquant::dispatch", lib=LIBRARY, allow_override=True)
 def _dispatch_fake(
-    x, codes, packed, bias, scheme, layout, plan, epilogue, n
+    x, codes, packed, bias, scheme, layout, plan, epilogue, n, dtype=None
 ):  # the choice needs a real M
-    return x.new_empty(x.shape[0], n)
+    return x.new_empty(x.shape[0], n, dtype=dtype or x.dtype)
 
 
 def run_kernel(

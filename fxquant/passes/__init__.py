@@ -11,6 +11,7 @@ from .base import Pass, rewrites
 from .equalization import equalize
 from .folding import fold_qparams
 from .fusion import fuse
+from .handover import hand_over
 from .lowering import lower
 from .merging import merge
 from .normalization import normalize
@@ -21,20 +22,27 @@ from .verification import verify
 
 @dataclass(frozen=True)
 class Choices:
-    """What the user has decided. stats and smooth: see ``equalize``; no statistics, no smoothing."""
+    """What the user has decided. stats and smooth: see ``equalize``, where smooth is False or there are
+    no statistics nothing is smoothed; stats and ranges: see ``quantize_weights``."""
 
     recipe: Recipe
     strict: bool = False
     stats: Any = None
     smooth: Any = 0.5
+    ranges: str = "minmax"
+
+    @property
+    def smooths(self) -> bool:
+        return bool(self.stats) and self.smooth is not False
 
 
 PIPELINE: tuple[tuple[str, Callable[[Choices], Pass | None]], ...] = (
     ("normalized", lambda c: normalize),
-    ("equalized", lambda c: equalize(c.stats, c.smooth, c.recipe) if c.stats else None),
-    ("quantized", lambda c: quantize_weights(c.recipe)),
+    ("equalized", lambda c: equalize(c.stats, c.smooth, c.recipe) if c.smooths else None),
+    ("quantized", lambda c: quantize_weights(c.recipe, c.stats, c.ranges)),
     ("folded", lambda c: fold_qparams),
     ("fused", lambda c: fuse),
+    ("handed_over", lambda c: hand_over),
     ("merged", lambda c: merge),
     ("lowered", lambda c: lower(strict=c.strict)),
     ("verified", lambda c: verify),
@@ -55,6 +63,7 @@ __all__ = [
     "equalize",
     "fold_qparams",
     "fuse",
+    "hand_over",
     "insert_observers",
     "lower",
     "merge",

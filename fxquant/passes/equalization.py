@@ -21,12 +21,12 @@ from ..errors import InvalidOption, ShapeMismatch
 from ..graph import (
     constants,
     emit,
-    fake_mode,
     inline,
     layer_of,
     layers,
     memory_of,
     move_before,
+    new_constant,
     note,
     value,
     written,
@@ -223,7 +223,7 @@ def _smooth(gm: fx.GraphModule, group: Group, largest: torch.Tensor, alpha: floa
     for node in group.linears:
         move_before(anchor, node.args[1])  # transposed or cast, it may come later
     with graph.inserting_before(anchor):
-        x_max = _constant(gm, largest.to(value(first.args[1]).device))
+        x_max = new_constant(gm, "smooth", largest.to(value(first.args[1]).device))
         weights = list(dict.fromkeys(n.args[1] for n in group.linears))
         values = [value(x_max), *map(value, weights)]
         body = trace_function(lambda x, *w: smoothing_scale(x, w, alpha), *values)
@@ -231,7 +231,7 @@ def _smooth(gm: fx.GraphModule, group: Group, largest: torch.Tensor, alpha: floa
         inverse = emit(graph, first, aten.reciprocal.default, scale)
     for node in group.linears:
         node.update_arg(1, folds(_scaled(graph, node, node.args[1], scale)))
-        note(node)["smoothed"] = alpha
+        note(node).update(smoothed=alpha, smoothed_by=scale.name)
     for node, place in group.absorbs:
         rows = node.target is aten.linear.default and place == 1
         node.update_arg(place, folds(_scaled(graph, node, node.args[place], inverse, rows)))
@@ -304,12 +304,3 @@ def _float32(graph: fx.Graph, like: fx.Node, node: fx.Node) -> fx.Node:
     if value(node).dtype in (torch.float32, torch.float64):
         return node
     return emit(graph, like, aten.to.dtype, node, torch.float32)
-
-
-def _constant(gm: fx.GraphModule, tensor: torch.Tensor) -> fx.Node:
-    index = sum(name.startswith("smooth_") for name, _ in gm.named_buffers(recurse=False))
-    name = f"smooth_{index}"
-    gm.register_buffer(name, tensor)
-    node = gm.graph.get_attr(name)
-    node.meta["val"] = fake_mode(gm).from_tensor(tensor, static_shapes=True)
-    return node

@@ -1,8 +1,7 @@
-"""expand: the ops behind ``fxquant.quantize`` of activations, once AOTAutograd is done with the graph."""
+"""expand: the ops behind what quantizes activations, once AOTAutograd is done with the graph."""
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import torch
@@ -10,9 +9,14 @@ from torch import fx
 
 from ..graph import describe, inline, replace, value
 from ..inductor import trace_decomposed
-from ..ops import quantize
+from ..ops import quantize, quantize_static
 
 ops = torch.ops.fxquant
+
+REFERENCES = {
+    ops.quantize.default: quantize,
+    ops.quantize_static.default: quantize_static,
+}
 
 
 def expand(graph: fx.Graph) -> None:
@@ -22,14 +26,29 @@ def expand(graph: fx.Graph) -> None:
     at every linear would cost it more than the rest of the model.
     """
     bodies: dict[Any, fx.GraphModule] = {}
-    for node in graph.find_nodes(op="call_function", target=ops.quantize.default):
-        x, scheme, role = node.args
-        key = (describe(value(x)), value(x).device, scheme, role)
-        if key not in bodies:
-            reference = partial(quantize, scheme=scheme, role=role)
-            bodies[key] = trace_decomposed(reference, value(x))
-        with graph.inserting_before(node):
-            results = inline(graph, node, bodies[key], [x])
-        for user in list(node.users):
-            replace(user, results[user.args[1]])  # type: ignore[index]
-        graph.erase_node(node)
+    for target in REFERENCES:
+        for node in graph.find_nodes(op="call_function", target=target):
+            _expand_one(graph, node, bodies)
+
+
+def _expand_one(graph: fx.Graph, node: fx.Node, bodies: dict[Any, fx.GraphModule]) -> None:
+    tensors = node.all_input_nodes
+    places = [tensors.index(a) if isinstance(a, fx.Node) else None for a in node.args]
+    literals = tuple(None if isinstance(a, fx.Node) else a for a in node.args)
+    values = [value(a) for a in tensors]
+    key = (node.target, literals, *places, *((describe(v), v.device) for v in values))
+    if key not in bodies:
+
+        def compute(*given: torch.Tensor) -> Any:
+            args = [x if i is None else given[i] for i, x in zip(places, literals, strict=True)]
+            return REFERENCES[node.target](*args)  # type: ignore[index]
+
+        bodies[key] = trace_decomposed(compute, *values)
+    with graph.inserting_before(node):
+        results = inline(graph, node, bodies[key], tensors)
+    if isinstance(results, fx.Node):
+        replace(node, results)
+        return
+    for user in list(node.users):
+        replace(user, results[user.args[1]])  # type: ignore[index]
+    graph.erase_node(node)

@@ -7,7 +7,17 @@ from typing import Any
 import torch
 from torch import fx
 
-from ..graph import constants, emit, layer_of, layers, move_before, replace, value
+from ..graph import (
+    constants,
+    emit,
+    layer_of,
+    layers,
+    memory_of,
+    move_before,
+    replace,
+    value,
+    written,
+)
 from ..scheme import get_scheme
 from .base import rewrites
 
@@ -27,9 +37,11 @@ def fuse(gm: fx.GraphModule) -> bool:
     """``int_mm``, ``mul`` by the scales, bias and activation become one node.
 
     ``linear(dq(q(x)), dq(codes, scale, zero), b)`` -> ``fxquant.linear(x, codes, scale, zero, b,
-    scheme, epilogue)``. A dynamic scheme whose input is not quantized by itself is left alone.
+    scheme, epilogue)``, which quantizes ``x`` itself; a static scheme's takes ``q(x)``, what it was made
+    with, and a dtype. A scheme whose input is not quantized as it asks is left alone.
     """
     fused: list[fx.Node] = []
+    _quantize_once(gm)
     constant = constants(gm)
     held = gm.graph.find_nodes(op="call_function", target=ops.linear.default)  # QuantLinears
     for node in [*held, *gm.graph.find_nodes(op="call_function", target=aten.linear.default)]:
@@ -41,19 +53,36 @@ def fuse(gm: fx.GraphModule) -> bool:
     return bool(fused)
 
 
+def _quantize_once(gm: fx.GraphModule) -> None:
+    """QuantLinears that read one value with the same static scale share its codes."""
+    first: dict[Any, fx.Node] = {}
+    changed = written(gm)
+    for node in gm.graph.find_nodes(op="call_function", target=ops.quantize_static.default):
+        if memory_of(node.args[0]) & changed:
+            continue
+        if (known := first.setdefault(node.args, node)) is not node:
+            replace(node, known)
+
+
 def _fuse_linear(gm: fx.GraphModule, node: fx.Node) -> fx.Node | None:
     x, weight = node.args[:2]
     bias = node.args[2] if len(node.args) > 2 else None
     if not _is(weight, "weight"):
         return None
     codes, scale, zero, scheme = weight.args[:4]
+    static: tuple[Any, ...] = ()
     if get_scheme(scheme).input is not None:
         if not _is(x, "input") or x.args[3] != scheme:
             layers(gm)[layer_of(node)].reason = f"its input is not quantized as {scheme} asks"
             return None
-        x = x.args[0].args[0].args[0]  # dequantize(getitem(quantize(x), 0), ...)
+        if get_scheme(scheme).static:
+            x, *qparams, _, _, dtype = x.args
+            static = (*qparams, dtype)
+        else:
+            x = x.args[0].args[0].args[0]  # dequantize(getitem(quantize(x), 0), ...)
+    args = (x, codes, scale, zero, bias, scheme, "", *static)
     with gm.graph.inserting_before(node):
-        fused = emit(gm.graph, node, ops.linear.default, x, codes, scale, zero, bias, scheme, "")
+        fused = emit(gm.graph, node, ops.linear.default, *args)
     replace(node, fused)
     return fused
 
@@ -97,7 +126,8 @@ def _absorb_activation(gm: fx.GraphModule, node: fx.Node) -> None:
         return
     assert user is not None
     with gm.graph.inserting_before(node):  # not at the user: the input may be written to in between
-        new = emit(gm.graph, node, node.target, *node.args[:6], epilogue)  # type: ignore[arg-type]
+        args = (*node.args[:6], epilogue, *node.args[7:])
+        new = emit(gm.graph, node, node.target, *args)  # type: ignore[arg-type]
     replace(user, new)
     gm.graph.erase_node(node)
 

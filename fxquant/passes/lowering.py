@@ -9,16 +9,28 @@ import torch
 from torch import fx
 
 from ..errors import NoKernel
-from ..graph import Layer, constants, emit, inline, layer_of, layers, note, replace, value
+from ..graph import (
+    Layer,
+    constants,
+    describe,
+    emit,
+    inline,
+    layer_of,
+    layers,
+    note,
+    replace,
+    value,
+)
 from ..inductor import trace_function
 from ..lowering.devices import device_row
-from ..lowering.dispatch import prequantized, run_kernel
+from ..lowering.dispatch import prequantized, run_kernel, shaped_like
 from ..lowering.kernel import Problem
 from ..lowering.select import FALLBACK, Choice, select
+from ..ops import LinearArguments, compute_dtype
 from ..scheme import get_scheme
 from .base import Pass
 from .expansion import expand
-from .folding import fold
+from .folding import fold, folds
 
 aten = torch.ops.aten
 ops = torch.ops.fxquant
@@ -45,18 +57,19 @@ def lower(*, strict: bool = False) -> Pass:
 
 
 def problem_of(node: fx.Node) -> Problem:
-    """What has to be computed, from the values at a ``fxquant.linear`` node."""
-    x, codes, _, _, bias, scheme, _ = node.args
-    row = get_scheme(str(scheme))
-    rows = value(x).numel() // value(x).shape[-1]
+    """What has to be computed, from the values at a ``fxquant.linear`` node. A static scheme's product
+    is that of a dynamic one: with a scale and, in the bias, a zero point that are known."""
+    a = LinearArguments(*node.args)
+    x = value(a.x)
+    rows = x.numel() // x.shape[-1]
     return Problem(
-        scheme=row,
-        n=int(value(codes).shape[0]),
-        k=int(value(x).shape[-1]),
+        scheme=get_scheme(a.scheme).product,
+        n=int(value(a.codes).shape[0]),
+        k=int(x.shape[-1]),
         m=rows if isinstance(rows, int) else None,
-        dtype=value(x).dtype,
-        bias=bias is not None,
-        device=device_row(value(x).device),
+        dtype=a.dtype or x.dtype,
+        bias=a.bias is not None or a.x_zero is not None,
+        device=device_row(x.device),
     )
 
 
@@ -67,7 +80,7 @@ def _lower_one(
     bodies: dict[Any, fx.GraphModule],
     strict: bool,
 ) -> None:
-    x, codes, scale, zero, bias, scheme, epilogue = node.args
+    a = LinearArguments(*node.args)
     problem = problem_of(node)
     choice = select(problem)
     _report(gm, node, problem, choice)
@@ -76,17 +89,20 @@ def _lower_one(
         raise NoKernel(layer=layer_of(node), used=FALLBACK, reasons=reasons)
     graph = gm.graph
     with graph.inserting_before(node):
-        key = (codes, choice.layout.name)
+        # before the weight is packed: what is read of its codes here must not be undone for it
+        bias = _with_zero(graph, node, a, bodies)
+        key = (a.codes, choice.layout.name)
         if key not in packed:
-            args = (codes, scale, zero, scheme, choice.layout.name)
+            args = (a.codes, a.scale, a.zero, problem.scheme.name, choice.layout.name)
             bundle = emit(graph, node, ops.pack.default, *args)
             packed[key] = [
                 emit(graph, node, operator.getitem, bundle, i) for i in range(len(value(bundle)))
             ]
-        rows = emit(graph, node, aten.reshape.default, x, [-1, problem.k])
-        args = (rows, packed[key], bias, str(epilogue))
+        rows = emit(graph, node, aten.reshape.default, a.x, [-1, problem.k])
+        codes = _codes(graph, node, problem, rows, a.x_scale)
+        args = (rows, codes, packed[key], bias, a.epilogue)
         result = _call(graph, node, choice, problem, bodies, *args)
-        shape = [*_sizes(graph, node, x), problem.n]
+        shape = [*_sizes(graph, node, a.x), problem.n]
         out = emit(graph, node, aten.reshape.default, result, shape)
     replace(node, out)
 
@@ -99,6 +115,30 @@ def _sizes(graph: fx.Graph, like: fx.Node, x: Any) -> list[Any]:
     ]
 
 
+def _with_zero(graph: fx.Graph, node: fx.Node, a: LinearArguments, bodies: dict[Any, Any]) -> Any:
+    """The bias, less what the zero point of a static input adds to the sum of the codes' products."""
+    if a.x_zero is None:
+        return a.bias
+    args = [a.x_scale, a.x_zero, a.codes, a.scale]
+    wide = compute_dtype(a.dtype)  # type: ignore[arg-type]
+    key = (zero_in_sum, wide, *(describe(value(arg)) for arg in args))
+    if key not in bodies:
+        bodies[key] = trace_function(lambda *t: zero_in_sum(*t).to(wide), *map(value, args))
+    found = folds(inline(graph, node, bodies[key], args))
+    if a.bias is None:
+        return folds(emit(graph, node, aten.neg.default, found))
+    bias = emit(graph, node, aten.to.dtype, a.bias, wide)
+    return folds(emit(graph, node, aten.sub.Tensor, bias, found))
+
+
+def zero_in_sum(
+    x_scale: torch.Tensor, x_zero: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor
+) -> torch.Tensor:
+    """``x_scale * x_zero * scale[n] * sum_k codes[n, k]``, float64 [n], for codes [n, k] per channel."""
+    sums = codes.sum(1, dtype=torch.float64)
+    return x_scale.double() * x_zero * scale[:, 0].double() * sums
+
+
 def _call(
     graph: fx.Graph,
     node: fx.Node,
@@ -106,35 +146,44 @@ def _call(
     problem: Problem,
     bodies: dict[Any, fx.GraphModule],
     x: fx.Node,
+    codes: list[fx.Node],
     packed: list[fx.Node],
     bias: Any,
     epilogue: str,
 ) -> Any:
     """The kernel's own nodes where one is chosen, for Inductor to fuse; else ``dispatch``."""
     name, layout = problem.scheme.name, choice.layout.name
-    codes = _codes(graph, node, problem, x)
+    coded = value(x).dtype != problem.dtype
     if problem.m is None and len(choice.steps) > 1:
         args = (x, codes, packed, bias, name, layout, choice.plan, epilogue, problem.n)
-        return emit(graph, node, ops.dispatch.default, *args)
+        more = (problem.dtype,) if coded else ()
+        return emit(graph, node, ops.dispatch.default, *args, *more)
     kernel = choice.at(problem.m or 0)
 
     def compute(x: torch.Tensor, *rest: torch.Tensor) -> torch.Tensor:
         row = prequantized(problem.scheme, rest[: len(codes)])
         weights, biases = rest[len(codes) :][: len(packed)], rest[len(codes) + len(packed) :]
         bias = biases[0] if biases else None
+        x = shaped_like(x, problem.dtype) if coded else x
         return run_kernel(kernel.name, row, layout, x, weights, bias, epilogue, problem.n)
 
     args = [x, *codes, *packed] + ([bias] if bias is not None else [])
-    key = (kernel.name, problem, epilogue)
+    key = (kernel.name, problem, epilogue, *(describe(value(arg)) for arg in args))
     if problem.m is None or key not in bodies:  # equal layers share a trace, unless M is symbolic
         bodies[key] = trace_function(compute, *(value(a) for a in args))
     return inline(graph, node, bodies[key], args)
 
 
-def _codes(graph: fx.Graph, node: fx.Node, problem: Problem, x: fx.Node) -> list[fx.Node]:
-    """``x`` quantized, which ``expand`` writes out for Inductor; nothing where it stays float."""
+def _codes(
+    graph: fx.Graph, node: fx.Node, problem: Problem, x: fx.Node, x_scale: fx.Node | None
+) -> list[fx.Node]:
+    """``x`` quantized, which ``expand`` writes out for Inductor; nothing where it stays float. A static
+    input is codes; its one scale stands for that of every row."""
     if problem.scheme.input is None:
         return []
+    if x_scale is not None:
+        shape = [*_sizes(graph, node, x), 1]
+        return [x, emit(graph, node, aten.expand.default, x_scale, shape)]
     found = emit(graph, node, ops.quantize.default, x, problem.scheme.name, "input")
     return [emit(graph, node, operator.getitem, found, i) for i in range(len(value(found)))]
 
@@ -146,7 +195,7 @@ def _report(gm: fx.GraphModule, node: fx.Node, problem: Problem, choice: Choice)
         layer = layers(gm).setdefault(
             member, Layer(name=member, in_features=problem.k, out_features=problem.n)
         )
-        layer.scheme = problem.scheme.name
+        layer.scheme = LinearArguments(*node.args).scheme
         layer.kernel = kernel
         layer.rows = str(problem.m if problem.m is not None else "dynamic")
         layer.refused = dict(choice.refused)

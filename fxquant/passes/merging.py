@@ -43,7 +43,8 @@ def merge(gm: fx.GraphModule) -> bool:
     for node in gm.graph.find_nodes(op="call_function", target=ops.linear.default):
         x, codes = node.args[:2]
         if node.args[6] == "" and codes in constant:
-            group = groups[x, node.args[5], value(codes).shape[1], _region(node, changed)]
+            kind = (node.args[5], *node.args[7:])  # a static input's qparams and dtype too
+            group = groups[x, kind, value(codes).shape[1], _region(node, changed)]
             bias = node.args[4]
             if not group or bias is None or bias in constant or bias < group[0]:
                 group.append(node)
@@ -87,7 +88,8 @@ def _merge(gm: fx.GraphModule, nodes: list[fx.Node]) -> list[fx.Node]:
     with gm.graph.inserting_before(first):
         parts = [_column(gm, first, nodes, i) for i in (1, 2, 3)]
         bias = _biases(gm, first, nodes, sizes)
-        whole = emit(gm.graph, first, ops.linear.default, x, *parts, bias, first.args[5], "")
+        args = (x, *parts, bias, first.args[5], "", *first.args[7:])
+        whole = emit(gm.graph, first, ops.linear.default, *args)
         split = emit(gm.graph, first, aten.split_with_sizes.default, whole, sizes, -1)
         pieces = [emit(gm.graph, n, operator.getitem, split, i) for i, n in enumerate(nodes)]
     names = tuple(layer_of(n) for n in nodes)

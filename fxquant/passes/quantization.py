@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from ..graph import Layer, constants, emit, layer_of, layers, value
 from ..recipe import Recipe
 from ..scheme import Scheme, get_scheme
 from .base import Pass
+from .static import StaticInputs, check_ranges
 
 aten = torch.ops.aten
 ops = torch.ops.fxquant
@@ -19,23 +21,40 @@ ops = torch.ops.fxquant
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
-def quantize_weights(recipe: Any) -> Pass:
+def quantize_weights(
+    recipe: Any, stats: Mapping[str, Any] | None = None, ranges: str = "minmax"
+) -> Pass:
     """The pass that gives each linear the scheme that ``recipe`` (or a scheme's name) decides.
 
-    A layer that stays float has its reason in the list of layers.
+    stats: observers by ``<layer>:input`` (fxquant.Stats), which static schemes need. ranges: how the
+    range of a static input is chosen, "minmax", or "percentile" or "mse" of a histogram. A layer that
+    stays float has its reason in the list of layers. Raises InvalidOption, and what ``ends_of`` raises.
     """
     rules = Recipe.of(recipe)
+    check_ranges(ranges)
 
     def rewrite(gm: fx.GraphModule) -> bool:
         constant = constants(gm)
+        decided = {
+            node: scheme
+            for node in gm.graph.find_nodes(op="call_function", target=aten.linear.default)
+            if (scheme := _decide(layers(gm)[layer_of(node)], rules, node, constant))
+        }
+        static = {node: scheme for node, scheme in decided.items() if scheme.static}
+        inputs = StaticInputs(gm, static, stats, ranges)
         codes: dict[tuple[fx.Node, str], list[fx.Node]] = {}
         changed = False
-        for node in gm.graph.find_nodes(op="call_function", target=aten.linear.default):
+        for node, scheme in decided.items():
             layer = layers(gm)[layer_of(node)]
-            if scheme := _decide(layer, rules, node, constant):
-                _to_reference(gm, node, scheme, codes)
-                layer.scheme = scheme.name
-                changed = True
+            if scheme.static and node not in inputs.ends:
+                layer.reason = (
+                    f"{scheme.name} needs statistics of its input: "
+                    "fxquant.calibrate with batches that reach it"
+                )
+                continue
+            _to_reference(gm, node, scheme, codes, inputs)
+            layer.scheme = scheme.name
+            changed = True
         return changed
 
     stages = ("float", "observed")
@@ -70,12 +89,18 @@ def refusal(scheme: Scheme, weight: torch.Tensor) -> str:
 
 
 def _to_reference(
-    gm: fx.GraphModule, node: fx.Node, scheme: Scheme, codes: dict[tuple[fx.Node, str], list]
+    gm: fx.GraphModule,
+    node: fx.Node,
+    scheme: Scheme,
+    codes: dict[tuple[fx.Node, str], list[fx.Node]],
+    inputs: StaticInputs,
 ) -> None:
     x, weight = node.args[:2]
     dtype = value(weight).dtype
     with gm.graph.inserting_before(node):
-        if scheme.input is not None:
+        if scheme.static:
+            node.update_arg(0, inputs.quantized(node, scheme))
+        elif scheme.input is not None:
             quantized = _quantize(gm.graph, node, x, scheme, "input")
             dq = (*_three(quantized), scheme.name, "input", value(x).dtype)
             node.update_arg(0, emit(gm.graph, node, ops.dequantize.default, *dq))

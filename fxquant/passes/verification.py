@@ -40,7 +40,7 @@ def check(gm: fx.GraphModule) -> bool:
             _check_value(node, where)
             if node.target is ops.linear.default and node.args[1] in constant:
                 raise IllegalGraph(stage=where, node=node, reason="has no kernel")
-            if node in constant and packet in (ops.quantize, ops.pack):
+            if node in constant and packet in (ops.quantize, ops.static_qparams, ops.pack):
                 reason = "depends on parameters alone and is computed at each call"
                 raise IllegalGraph(stage=where, node=node, reason=reason)
         if node.op == "call_module" and not is_folded(gm, node):

@@ -10,7 +10,7 @@ import torch
 from torch import fx, nn
 
 import fxquant
-from fxquant import passes
+from fxquant import Stats, passes
 from fxquant.passes.base import Pass, signature
 
 aten = torch.ops.aten
@@ -111,3 +111,30 @@ def integers(*shape: int) -> torch.Tensor:
     x = torch.randint(-8, 9, shape).float()
     x[..., 0] = 0
     return x
+
+
+def calibrated(
+    model: nn.Module, *batches: Any, kinds: Sequence[str] = ("minmax", "channel")
+) -> Stats:
+    """The statistics of these batches, without a compiler."""
+    observed = {"input": list(kinds)}
+    return fxquant.calibrate(model, batches, kinds=observed, compiled=False, progress=False)
+
+
+def rewritten(
+    model: nn.Module,
+    x: torch.Tensor,
+    scheme: Any,
+    stats: Stats,
+    *,
+    to: str = "merged",
+    smooth: Any = False,
+    **decided: Any,
+) -> fx.GraphModule:
+    """The graph after the passes up to the one that PIPELINE calls ``to``."""
+    gm = fxquant.trace(model.requires_grad_(False), (x,))
+    for name, one in passes.pipeline(scheme, stats=stats, smooth=smooth, **decided):
+        through(gm, one)
+        if name == to:
+            break
+    return gm

@@ -59,6 +59,7 @@ def test_the_pipeline_leads_from_stage_to_stage():
         "quantized",
         "folded",
         "fused",
+        "handed_over",
         "merged",
         "lowered",
         "verified",
@@ -87,7 +88,7 @@ def test_all_in_torchs_own_pass_manager(scheme):
 
 def test_modified_tells_whether_anything_changed():
     gm = fxquant.trace(torch.nn.Sequential(torch.nn.ReLU()), (X,))
-    assert [bool(one(gm).modified) for _, one in passes.pipeline("int8dq")] == [False] * 7
+    assert [bool(one(gm).modified) for _, one in passes.pipeline("int8dq")] == [False] * 8
     gm = fxquant.trace(MLP(), (X,))
     changed = {name: bool(one(gm).modified) for name, one in passes.pipeline("int8dq")}
     # linears were linears already, and no two share an input
@@ -96,6 +97,7 @@ def test_modified_tells_whether_anything_changed():
         "quantized": True,
         "folded": True,
         "fused": True,
+        "handed_over": False,
         "merged": False,
         "lowered": True,
         "verified": False,

@@ -1,0 +1,193 @@
+"""Static schemes through the backend: what is refused, changing rows, modules that hold qparams, Inductor."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch._dynamo.exc import BackendCompilerFailed
+from torch._inductor.utils import fresh_cache, run_and_get_code
+
+import fxquant
+from fxquant import weights
+from fxquant.errors import InvalidOption, NotQuantized, RangeConflict
+from fxquant.graph import layers
+from fxquant.lowering.kernel import KERNELS
+from fxquant.modules import QuantLinear
+from fxquant.scheme import SCHEMES, get_scheme
+
+from .conftest import MLP, Block, sqnr
+from .passes.helpers import count
+
+STATIC = [name for name, row in SCHEMES.items() if row.static]
+
+
+def calibrated(model: nn.Module, *batches):
+    return fxquant.calibrate(model, batches, compiled=False, progress=False)
+
+
+@pytest.mark.parametrize("recipe", [{"scheme": "int8static"}, {"recipe": {"up": "FP8_STATIC"}}])
+def test_without_statistics_it_is_said_what_to_do(recipe):
+    with pytest.raises(InvalidOption, match=r"stats=fxquant\.calibrate\(model, batches\)"):
+        fxquant.compile(MLP(), **recipe)
+    with pytest.raises(InvalidOption, match="stats beside it"):
+        fxquant.compile(MLP(), "int8dq", ranges="mse")
+    with pytest.raises(InvalidOption, match="one of minmax, percentile, mse"):
+        fxquant.compile(MLP(), "int8dq", stats={}, ranges="median")
+
+
+@torch.no_grad()
+def test_a_layer_that_no_batch_reached(graphs, caplog):
+    model, x = MLP().requires_grad_(False), torch.randn(5, 64)
+    stats = calibrated(model, x)
+    del stats._found["down:input"]
+    with caplog.at_level("WARNING", "fxquant"):
+        y = fxquant.compile(model, "int8static", stats=stats)(x)
+    assert "down stays float: int8static needs statistics of its input" in caplog.text
+    assert sqnr(y, model(x)) > 33
+    torch.compiler.reset()
+    with pytest.raises(BackendCompilerFailed, match=r"down \(int8static needs statistics") as info:
+        fxquant.compile(model, "int8static", stats=stats, strict=True)(x)
+    assert isinstance(info.value.inner_exception, NotQuantized)
+
+
+@pytest.mark.parametrize("scheme", STATIC)
+@torch.no_grad()
+def test_explain_names_the_scheme_and_the_kernel(scheme):
+    model, x = Block().requires_grad_(False), torch.randn(2, 7, 64)
+    report = fxquant.explain(model, x, options={"scheme": scheme, "stats": calibrated(model, x)})
+    assert {layer.scheme for layer in report.layers} == {scheme}
+    families = {kernel for layer in report.layers for kernel in KERNELS[layer.kernel].families}
+    assert SCHEMES[scheme].product.family in families and scheme in str(report)
+
+
+@pytest.mark.parametrize("smooth", [False, 0.5])
+@pytest.mark.parametrize("scheme", STATIC)
+@torch.no_grad()
+def test_any_number_of_rows_in_two_graphs(scheme, smooth, graphs):
+    model, x = Block().requires_grad_(False), torch.randn(64, 7, 64)
+    stats = calibrated(model, x)
+    run = fxquant.compile(model, scheme, stats=stats, smooth=smooth, fullgraph=True)
+    whole = run(x)
+    assert sqnr(whole, model(x)) > SCHEMES[scheme].sqnr - 2
+    for rows in (1, 2, 3, 17, 40):
+        y = run(x[:rows])
+        assert sqnr(y, whole[:rows]) > 60, "ranges are static: a row does not depend on others"
+    assert len(graphs) <= 3
+
+
+class Broken(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(16, 16)
+
+    def forward(self, x):
+        torch._dynamo.graph_break()
+        return self.fc(x).relu() * 3
+
+
+@torch.no_grad()
+def test_a_graph_that_blocks_share_would_give_them_one_range(graphs):
+    model, x = nn.Sequential(Broken(), Broken()).requires_grad_(False), torch.randn(4, 16)
+    stats = calibrated(model, x)
+    with pytest.raises(RangeConflict, match=r"1\.fc: its input .* range of 0\.fc"):
+        fxquant.compile(model, "int8static", stats=stats)(x)
+    torch.compiler.reset()
+    fxquant.compile(model, "int8dq", stats=stats)(x)
+    torch.compiler.reset()
+    one = nn.Sequential(Broken())
+    run = fxquant.compile(one, "int8static", stats=calibrated(one, x))
+    before = run(x)
+    one[0].fc.weight = nn.Parameter(-one[0].fc.weight, requires_grad=False)  # the same layer: fine
+    assert not torch.equal(run(x), before) and sqnr(run(x), one(x)) > 30
+
+
+class Held(QuantLinear):
+    """A module that brings codes and qparams, of its weight and of its input."""
+
+    input_scale: torch.Tensor
+    input_zero: torch.Tensor | None
+
+    def forward(self, x):
+        if not torch.compiler.is_compiling():
+            self._restore()
+        static = (self.input_scale, self.input_zero)
+        codes = torch.ops.fxquant.quantize_static(x, *static, self.scheme)
+        weight = (self._codes, self._scale, self._zero, self.bias)
+        return torch.ops.fxquant.linear(codes, *weight, self.scheme, "", *static, x.dtype)
+
+
+def hold(linear: nn.Linear, scheme: str, scale: torch.Tensor, zero: torch.Tensor | None) -> Held:
+    held = Held.from_float(linear, scheme)
+    held.register_buffer("input_scale", scale)
+    held.register_buffer("input_zero", zero)
+    return held
+
+
+class Siblings(nn.Module):
+    def __init__(self, linears):
+        super().__init__()
+        self.gate, self.up, self.down = linears
+
+    def forward(self, x):
+        return self.down(F.silu(self.gate(x)) * self.up(x))
+
+
+@pytest.mark.parametrize("scheme", STATIC)
+@torch.no_grad()
+def test_modules_with_qparams_of_their_own(scheme, graphs):
+    linears = [nn.Linear(256, 256, bias=i != 1).requires_grad_(False) for i in range(3)]
+    model, x = Siblings(linears), torch.rand(9, 256)
+    spec = get_scheme(scheme).input
+    inputs = [x, F.silu(linears[0](x)) * linears[1](x)]
+    first, second = ([None if t is None else t.reshape(1) for t in spec.qparams(v)] for v in inputs)
+    held = Siblings(
+        hold(m, scheme, *q) for m, q in zip(linears, (first, first, second), strict=True)
+    )
+    wanted = held(x)
+    assert sqnr(wanted, model(x)) > 25
+    canonical = sum(b.nbytes for name, b in held.named_buffers() if "_codes" in name)
+    before = weights.resident_bytes()
+    run = torch.compile(held, backend="fxquant", fullgraph=True)
+    y = run(x)
+    torch.testing.assert_close(y, wanted, rtol=0, atol=0.01 * float(wanted.abs().max()))
+    (gm,) = graphs
+    assert count(gm)["fx.quantize_static"] == 2, "gate and up hold the same qparams"
+    found = layers(gm)
+    assert {layer.scheme for layer in found.values()} == {scheme}
+    assert found["gate"].merged == ("gate", "up")
+    for _ in range(2):  # one copy from the first call on, and after a look at the codes
+        packed = weights.resident_bytes() - before
+        left = sum(
+            b.untyped_storage().nbytes() for name, b in held.named_buffers() if "_codes" in name
+        )
+        assert left + packed <= 1.05 * canonical + 4 * 4 * 3 * 256, (left, packed, canonical)
+        assert held.up.codes.shape == (256, 256)
+        assert torch.equal(run(x), y)
+    held.down.input_scale *= 2  # a buffer, not a constant of the graph
+    assert not torch.equal(run(x), y)
+    torch.testing.assert_close(run(x), held(x), rtol=0, atol=0.02 * float(wanted.abs().max()))
+
+
+@pytest.mark.parametrize(
+    ("scheme", "dtype"), [("int8static", torch.bfloat16), ("fp8static", torch.float32)]
+)
+@torch.no_grad()
+def test_inductor(scheme, dtype):
+    model, x = Block().to(dtype).requires_grad_(False), torch.randn(2, 7, 64).to(dtype)
+    stats = calibrated(model, x)
+    graph = fxquant.trace(model, (x,))
+    for name, one in fxquant.passes.pipeline(scheme, stats=stats):
+        if name != "lowered":
+            one(graph)
+        else:
+            break
+    wanted = graph(x)
+    with fresh_cache():
+        run = fxquant.compile(model, scheme, stats=stats, fullgraph=True)
+        y, code = run_and_get_code(run, x)
+    assert not any("fxquant.quantize" in text or "fxquant.dequantize" in text for text in code)
+    assert sqnr(y, wanted) > (40 if dtype == torch.bfloat16 else 60)
+    assert sqnr(y, model(x)) > SCHEMES[scheme].sqnr
+    assert torch.equal(run(x), y)
