@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -150,7 +151,8 @@ def rewrite(
     dump.graph("captured", canonical)
     models = learn_names()
     recipe = config.recipe or _default_recipe(models)
-    _run_passes(canonical, recipe, config, dump)
+    smooth = _alphas(canonical, inputs, recipe, models, config)
+    _run_passes(canonical, recipe, replace(config, smooth=smooth), dump)
     found = layers(canonical)
     on_layers(found)
     dump.manifest(canonical, {"recipe": recipe.to_json(), "strict": config.strict})
@@ -162,6 +164,27 @@ def rewrite(
         return None
     _refuse_gradients(canonical, inputs)
     return lift(canonical, found)
+
+
+def _alphas(
+    gm: fx.GraphModule,
+    inputs: Sequence[Any],
+    recipe: Recipe,
+    models: Sequence[nn.Module],
+    config: Config,
+) -> Any:
+    """What ``equalize`` is told: "auto" becomes the alphas that suit the weights as they are now."""
+    if config.smooth != "auto" or config.stats is None:
+        return config.smooth
+    names = parameters(gm)
+    pairs = zip(gm.graph.find_nodes(op="placeholder"), inputs, strict=True)
+    weights = {names[node]: x for node, x in pairs if node in names}
+    schemes = {
+        layer.name: get_scheme(rule.scheme)
+        for layer in linears_of(models)
+        if (rule := recipe.rule_for(layer)) is not None and rule.scheme is not None
+    }
+    return config.stats.structure.alphas(weights, config.stats, schemes)
 
 
 def _run_passes(gm: fx.GraphModule, recipe: Recipe, config: Config, dump: Dump) -> None:
@@ -253,9 +276,10 @@ def compile(
     """``torch.compile(model, backend="fxquant")`` whose settings are checked now.
 
     stats: what ``calibrate`` returned: activations that the scheme quantizes are smoothed with it
-    (SmoothQuant), ``smooth`` (0 to 1, 0.5 unless given) of the difficulty going to the weights, False
-    for none. Static schemes need it: ``ranges`` says how it gives the range of an input ("minmax";
-    "percentile" or "mse" of a histogram, without smoothing).
+    (SmoothQuant), ``smooth`` (0 to 1, 0.5 unless given) of the difficulty going to the weights, "auto"
+    for what lets each group's outputs err least on calibrated samples, False for none. Static schemes
+    need statistics: ``ranges`` says how they give the range of an input ("minmax"; "percentile" or "mse"
+    of a histogram, without smoothing).
 
     Raises UnknownScheme, InvalidRule, InvalidOption, UnknownOption; UnusedRule for a rule that
     matches no linear of ``model``; NothingQuantized for a model without one.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +17,18 @@ from .errors import (
     InvalidOption,
     NonFiniteWeight,
     NothingQuantized,
+    UncalibratedInput,
     UnsupportedDtype,
 )
 from .graph import Layer
-from .modules import QuantLinear
+from .modules import Qparams, QuantLinear
 from .passes.equalization import alpha_of
 from .passes.quantization import FLOATS
+from .passes.static import check_ranges, ends_of
 from .recipe import Recipe
 from .scheme import SCHEMES, Quantized, Scheme, get_scheme
 from .sequential import Target, solve_in_order
-from .smoothing import Folds
+from .smoothing import SEARCHES, Folds
 from .solvers import SOLVERS, Record, Solution, Solver, get_solver
 
 
@@ -36,6 +38,7 @@ def quantize(
     *,
     stats: Stats | None = None,
     smooth: Any = None,
+    ranges: str = "minmax",
     solver: str | Solver | None = None,
     batches: Iterable[Any] | None = None,
     device: torch.device | str | None = None,
@@ -53,7 +56,8 @@ def quantize(
     smooth: how much of the activations' difficulty goes to the weights (SmoothQuant), where activations
     are quantized: 0 to 1, by a mapping from layers' names, or "auto", which tries; "awq" scales the
     weights that matter, of any scheme; False leaves them alone. 0.5 where there are statistics. The inverse
-    goes into the norm or linear before the layers, or the layers divide their inputs.
+    goes into the norm or linear before the layers, or the layers divide their inputs. ranges: how those of
+    static schemes are chosen, "minmax", or "percentile" or "mse" of a histogram.
 
     solver: how codes are found, one of ``fxquant.solvers``; None is plain round to nearest. With
     ``batches`` (as for ``calibrate``) layers are solved in the order of the graph, each on inputs that
@@ -68,6 +72,7 @@ def quantize(
     """
     rules, solver = Recipe.of(recipe), None if solver is None else get_solver(solver)
     _check_options(stats, smooth, solver, batches)
+    check_ranges(ranges)
     plan = planned(model, rules)
     rules.check_used(linears_of([model]))
     if not plan:
@@ -81,8 +86,15 @@ def quantize(
     if stats is not None and smooth is not False:
         schemes = {name: scheme for name, (_, scheme) in plan.items()}
         folds = stats.structure.folds(model, stats, 0.5 if smooth is None else smooth, schemes)
+    known: dict[Any, Qparams] = {}
     targets = {
-        name: _target(name, module, scheme, folds, stats) for name, (module, scheme) in plan.items()
+        name: Target(
+            _folded_weight(name, module, folds),
+            scheme,
+            folds.divisors.get(name),
+            _qparams(name, module, scheme, folds, stats, ranges, known) if scheme.static else None,
+        )
+        for name, (module, scheme) in plan.items()
     }
     solved: Mapping[str, Solution] = {}
     if batches is not None:
@@ -107,7 +119,11 @@ def _check_options(stats: Any, smooth: Any, solver: Solver | None, batches: Any)
     if smooth not in (None, False) and stats is None:
         expected = "stats beside it, as fxquant.calibrate returns them"
         raise InvalidOption(name="smooth", value=smooth, expected=expected)
-    if smooth not in (None, "auto", "awq"):
+    if isinstance(smooth, str):
+        if smooth not in SEARCHES:
+            expected = f"a number from 0 to 1, False, or one of {', '.join(SEARCHES)}"
+            raise InvalidOption(name="smooth", value=smooth, expected=expected)
+    elif smooth is not None:
         for one in smooth.values() if isinstance(smooth, Mapping) else (smooth,):
             alpha_of(one, [""])
     if batches is not None and solver is None:
@@ -118,17 +134,43 @@ def _check_options(stats: Any, smooth: Any, solver: Solver | None, batches: Any)
         raise InvalidOption(name="batches", value=None, expected=expected)
 
 
-def _target(
-    name: str, module: nn.Module, scheme: Scheme, folds: Folds, stats: Stats | None
-) -> Target:
-    weight_name = f"{name}.weight"
-
+def _folded_weight(name: str, module: nn.Module, folds: Folds) -> Callable[[], torch.Tensor]:
     def weight() -> torch.Tensor:
-        stored: torch.Tensor = module.weight.detach()  # type: ignore[union-attr, operator]
-        folded = folds.of(weight_name, stored)
+        folded = folds.of(f"{name}.weight", module.weight.detach())  # type: ignore[union-attr, operator, arg-type]
         return folded.t() if _is_conv1d(module) else folded
 
-    return Target(weight, scheme, folds.divisors.get(name))
+    return weight
+
+
+def _qparams(
+    name: str,
+    module: nn.Module,
+    scheme: Scheme,
+    folds: Folds,
+    stats: Stats | None,
+    ranges: str,
+    known: dict[Any, Qparams],
+) -> Qparams:
+    """Of a static layer's inputs, from what they are once smoothed. Layers that read one value get the
+    same tensors, by which a compiled graph sees that it has to quantize that value once."""
+    weight, spec, smoothing = weight_of(module), scheme.input, folds.scales.get(name)
+    assert spec is not None
+    names = (name,) if stats is None else tuple(stats.structure.beside(name))
+    key = (names, scheme.name, id(smoothing))
+    if key not in known:
+        if weight.is_meta:
+            ends: torch.Tensor | None = torch.zeros(2, 1)
+        else:
+            channels = weight.shape[1]
+            ends = ends_of(stats or {}, names, channels, spec, ranges, smoothing is not None)
+        if ends is None:
+            raise UncalibratedInput(layer=name, scheme=scheme.name)
+        found = torch.ops.fxquant.static_qparams(
+            ends, None if smoothing is None else smoothing.to(ends.device), scheme.name
+        )
+        scale, zero = (*(t.to(weight.device) for t in found), None)[:2]
+        known[key] = scale, zero
+    return known[key]
 
 
 def _convert(

@@ -168,6 +168,14 @@ class UnsupportedSpec(FxQuantError, ValueError):
     message = "{layer}: {solver} cannot solve {spec}: {reason}"
 
 
+class UncalibratedInput(FxQuantError, ValueError):
+    message = (
+        "{layer}: {scheme} takes the scale of this layer's inputs from calibration, and there are no "
+        "statistics of them; give stats=fxquant.calibrate(model, batches) of batches that reach it, or "
+        "use a dynamic scheme"
+    )
+
+
 class EmptyObserver(FxQuantError, ValueError):
     message = "nothing was observed; run batches through the observed model first"
 

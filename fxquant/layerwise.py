@@ -93,7 +93,7 @@ def _schemes(names: str | Sequence[str]) -> list[Scheme]:
     if not found:
         raise InvalidOption(name="schemes", value=names, expected="at least one scheme")
     for name, scheme in found.items():
-        if getattr(scheme, "static", False):
+        if scheme.static:
             expected = "schemes that need no calibrated ranges"
             raise InvalidOption(name="schemes", value=name, expected=expected)
     return list(found.values())

@@ -20,7 +20,8 @@ Qparams = tuple[torch.Tensor, torch.Tensor | None]
 
 def smoothed(x: torch.Tensor, smoothing: torch.Tensor) -> torch.Tensor:
     """``x`` [..., K] with each channel divided, in float32, rounded once."""
-    wide = x if x.dtype == torch.float64 else x.float()
+    # float() of a float32 value is a node too, and siblings would read one another's
+    wide = x.float() if x.dtype.itemsize == 2 else x
     return (wide / smoothing).to(x.dtype)
 
 

@@ -8,7 +8,7 @@ class. Where nothing before a group can take up the inverse, its layers divide t
 from __future__ import annotations
 
 import logging
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -36,6 +36,9 @@ Schemes = Mapping[str, Scheme]
 Place = tuple[str, int]
 """A parameter's name and the dimension of it that the channels are."""
 
+SEARCHES = ("auto", "awq")
+"""How scales may be searched for by output error: SmoothQuant's alpha, or AWQ's."""
+
 ALPHAS = tuple(step / 20 for step in range(21))
 """What ``"auto"`` tries, besides leaving a group as it is."""
 
@@ -43,9 +46,11 @@ ALPHAS = tuple(step / 20 for step in range(21))
 @dataclass
 class Folds:
     """What smoothing does to a model. factors: by parameter, what multiplies it along which dimension.
-    divisors: by layer, what it divides its inputs by, [K]."""
+    scales: by layer, what its inputs are divided by, [K]; divisors: those of layers that do so
+    themselves."""
 
     factors: dict[str, list[tuple[int, torch.Tensor]]] = field(default_factory=dict)
+    scales: dict[str, torch.Tensor] = field(default_factory=dict)
     divisors: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def multiply(self, places: Sequence[Place], factor: torch.Tensor) -> None:
@@ -80,43 +85,44 @@ class Structure:
     """What the graphs of a model say about smoothing: JSON through and through.
 
     groups: by the names of its linears, the parameters to multiply and those to divide, none where the
-    graph does not show them as they are. uses: by parameter, the groups that use it, "" for anything else.
+    graph does not show them as they are. uses: by parameter, each use of it: the groups that it is one
+    for, none where it is anything else. (up's weight is multiplied for gate and up, divided for down.)
     """
 
     groups: dict[str, tuple[list[Place], list[Place]]] = field(default_factory=dict)
-    uses: dict[str, list[str]] = field(default_factory=dict)
+    uses: dict[str, list[list[str]]] = field(default_factory=dict)
 
     @staticmethod
-    def of(groups: dict[str, Any], uses: dict[str, list[str]]) -> Structure:
+    def of(groups: dict[str, Any], uses: dict[str, list[list[str]]]) -> Structure:
         """From what JSON made of one: tuples have become lists."""
         found = {k: [[(n, d) for n, d in part] for part in parts] for k, parts in groups.items()}
         return Structure({k: (a, b) for k, (a, b) in found.items()}, uses)
 
     def learn(self, gm: fx.GraphModule) -> None:
         """Add what a graph at the float stage shows."""
-        names, members = parameters(gm), {}
+        names, members = parameters(gm), defaultdict(list)
         for group in groups_of(gm):
             key = ", ".join(group.names)
             self._agree(key, _places(group, names))
-            for node in group.linears:
-                members[node, 1] = key
-            members |= dict.fromkeys(group.absorbs, key)
+            for place in (*((node, 1) for node in group.linears), *group.absorbs):
+                members[place].append(key)
         for node, name in names.items():
             used = self.uses.setdefault(name, [])
             for user in node.users:
                 readers = user.users if user.target in STORED else [user]
                 source = user if user.target in STORED else node
-                for tag in {_tag(members, source, reader) for reader in readers}:
-                    if tag not in used:
-                        used.append(tag)
+                for reader in readers:
+                    for use in _uses(members, source, reader):
+                        if use not in used:
+                            used.append(use)
 
     def merge(self, other: Structure) -> None:
         """Add what another process has seen."""
         for key, found in other.groups.items():
             self._agree(key, found)
-        for name, tags in other.uses.items():
+        for name, uses in other.uses.items():
             mine = self.uses.setdefault(name, [])
-            mine += [tag for tag in tags if tag not in mine]
+            mine += [use for use in uses if use not in mine]
 
     def _agree(self, key: str, found: tuple[list[Place], list[Place]]) -> None:
         """Where two graphs disagree nothing is foldable."""
@@ -174,12 +180,20 @@ class Structure:
                 log.info("not smoothed: %s: its outputs err least as it is", key)
             elif loose:
                 log.info("%s: %s: its layers divide their inputs", key, loose)
-                found.divisors |= {name: scale for name in names if name in wanted}
+                own = {name: scale for name in names if name in wanted}
+                found.divisors |= own
+                found.scales |= own
                 found.multiply([p for p in places if _layer(p) in wanted], scale)
             else:
+                found.scales |= dict.fromkeys(names, scale)
                 found.multiply(places, scale)
                 found.multiply(absorbs, scale.reciprocal())
         return found
+
+    def beside(self, layer: str) -> list[str]:
+        """The layers that read what ``layer`` reads, itself among them."""
+        keys = (key.split(", ") for key in self.groups)
+        return next((names for names in keys if layer in names), [layer])
 
     def _weights(
         self, tensors: Mapping[str, torch.Tensor], wanted: Schemes
@@ -203,7 +217,7 @@ class Structure:
         for name, _ in places:
             if name not in tensors:
                 return f"{name} is not a parameter of this model"
-            if self.uses.get(name) != [key]:
+            if not all(key in use for use in self.uses.get(name, [[]])):
                 return f"{name} is used elsewhere too"
             if storages[storage_of(tensors[name])] > 1:
                 return f"{name} is tied to another parameter"
@@ -219,11 +233,11 @@ def _layer(place: Place) -> str:
     return place[0].rpartition(".")[0]
 
 
-def _tag(members: Mapping[Any, str], node: fx.Node, user: fx.Node) -> str:
-    """The group for whose sake ``user`` reads ``node``, "" if it reads it for anything else."""
-    places = [i for i, arg in enumerate(user.args) if arg is node]
-    tags = {members.get((user, i), "") for i in places}
-    return tags.pop() if len(tags) == 1 else ""
+def _uses(
+    members: Mapping[tuple[fx.Node, int], list[str]], node: fx.Node, user: fx.Node
+) -> list[list[str]]:
+    """For each argument of ``user`` that is ``node``, the groups for whose sake it is."""
+    return [members.get((user, i), []) for i, arg in enumerate(user.args) if arg is node] or [[]]
 
 
 def _places(group: Group, names: Mapping[fx.Node, str]) -> tuple[list[Place], list[Place]]:

@@ -202,6 +202,10 @@ def solved_from_other_weights():
             fxquant.quantize(model, "int4wo-32", batches=data, **settings)
 
 
+def uncalibrated_input():
+    fxquant.quantize(frozen(), "int8static")
+
+
 def nothing_observed():
     fxquant.calibrate(frozen(), [], progress=False)
 
@@ -225,6 +229,7 @@ CASES = {
         r"up:input: .*batch 2.*leave the batch out",
     ),
     nothing_observed: (errors.NothingObserved, r"there was no batch"),
+    uncalibrated_input: (errors.UncalibratedInput, r"^up: int8static .*stats=fxquant\.calibrate"),
     solved_from_other_weights: (errors.ResumeMismatch, r"segment_0000.*give another folder"),
     unknown_scheme: (errors.UnknownScheme, r"unknown scheme 'int9'.*: int8wo, int8dq, int4wo-32"),
     unknown_option: (errors.UnknownOption, r"unknown option 'shceme'.*: scheme, recipe, stats"),

@@ -13,7 +13,7 @@ from fxquant.errors import InvalidOption
 from fxquant.scheme import get_scheme
 from fxquant.solvers import least_error
 
-from .conftest import Block, sqnr
+from .conftest import sqnr
 from .test_architectures import ARCHITECTURES, made
 
 KINDS = {"input": ("channel", "sample")}
@@ -162,6 +162,29 @@ def test_parameters_with_other_uses_are_not_folded_into(caplog):
     assert "a: norm.weight is used elsewhere too" in caplog.text
     assert "not smoothed: c: c.weight is used elsewhere too" in caplog.text
     assert set(folds.factors) == {"a.weight", "b.weight"}
+    torch.testing.assert_close(folded(model, folds)(x), expected, rtol=1e-12, atol=1e-12)
+
+
+class Gated(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.RMSNorm(32)
+        self.gate, self.up, self.down = nn.Linear(32, 48), nn.Linear(32, 48), nn.Linear(48, 32)
+
+    def forward(self, x):
+        h = self.norm(x)
+        return x + self.down(nn.functional.silu(self.gate(h)) * self.up(h))
+
+
+@torch.no_grad()
+def test_a_weight_may_be_smoothed_for_what_it_reads_and_for_what_reads_it():
+    model = Gated().double().eval().requires_grad_(False)
+    x = torch.randn(9, 32, dtype=torch.float64)
+    stats, expected = calibrated(model, [x]), model(x)
+    schemes = dict.fromkeys(("gate", "up", "down"), get_scheme("int8dq"))
+    folds = stats.structure.folds(model, stats, 0.5, schemes)
+    assert set(folds.scales) == set(schemes) and not folds.divisors
+    assert [d for d, _ in folds.factors["up.weight"]] == [1, 0]
     torch.testing.assert_close(folded(model, folds)(x), expected, rtol=1e-12, atol=1e-12)
 
 

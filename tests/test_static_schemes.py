@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,11 +13,10 @@ from torch._inductor.utils import fresh_cache, run_and_get_code
 
 import fxquant
 from fxquant import weights
-from fxquant.errors import InvalidOption, NotQuantized, RangeConflict
+from fxquant.errors import InvalidOption, NotQuantized, RangeConflict, UncalibratedInput
 from fxquant.graph import layers
 from fxquant.lowering.kernel import KERNELS
-from fxquant.modules import QuantLinear
-from fxquant.scheme import SCHEMES, get_scheme
+from fxquant.scheme import SCHEMES
 
 from .conftest import MLP, Block, sqnr
 from .passes.helpers import count
@@ -23,8 +24,8 @@ from .passes.helpers import count
 STATIC = [name for name, row in SCHEMES.items() if row.static]
 
 
-def calibrated(model: nn.Module, *batches):
-    return fxquant.calibrate(model, batches, compiled=False, progress=False)
+def calibrated(model: nn.Module, *batches, **options):
+    return fxquant.calibrate(model, batches, compiled=False, progress=False, **options)
 
 
 @pytest.mark.parametrize("recipe", [{"scheme": "int8static"}, {"recipe": {"up": "FP8_STATIC"}}])
@@ -103,28 +104,6 @@ def test_a_graph_that_blocks_share_would_give_them_one_range(graphs):
     assert not torch.equal(run(x), before) and sqnr(run(x), one(x)) > 30
 
 
-class Held(QuantLinear):
-    """A module that brings codes and qparams, of its weight and of its input."""
-
-    input_scale: torch.Tensor
-    input_zero: torch.Tensor | None
-
-    def forward(self, x):
-        if not torch.compiler.is_compiling():
-            self._restore()
-        static = (self.input_scale, self.input_zero)
-        codes = torch.ops.fxquant.quantize_static(x, *static, self.scheme)
-        weight = (self._codes, self._scale, self._zero, self.bias)
-        return torch.ops.fxquant.linear(codes, *weight, self.scheme, "", *static, x.dtype)
-
-
-def hold(linear: nn.Linear, scheme: str, scale: torch.Tensor, zero: torch.Tensor | None) -> Held:
-    held = Held.from_float(linear, scheme)
-    held.register_buffer("input_scale", scale)
-    held.register_buffer("input_zero", zero)
-    return held
-
-
 class Siblings(nn.Module):
     def __init__(self, linears):
         super().__init__()
@@ -134,21 +113,25 @@ class Siblings(nn.Module):
         return self.down(F.silu(self.gate(x)) * self.up(x))
 
 
+@pytest.mark.parametrize("smooth", [False, 0.5])
 @pytest.mark.parametrize("scheme", STATIC)
 @torch.no_grad()
-def test_modules_with_qparams_of_their_own(scheme, graphs):
+def test_in_place(scheme, smooth, graphs):
+    torch.manual_seed(0)
     linears = [nn.Linear(256, 256, bias=i != 1).requires_grad_(False) for i in range(3)]
     model, x = Siblings(linears), torch.rand(9, 256)
-    spec = get_scheme(scheme).input
-    inputs = [x, F.silu(linears[0](x)) * linears[1](x)]
-    first, second = ([None if t is None else t.reshape(1) for t in spec.qparams(v)] for v in inputs)
-    held = Siblings(
-        hold(m, scheme, *q) for m, q in zip(linears, (first, first, second), strict=True)
+    expected, graph = (
+        model(x),
+        fxquant.compile(copy.deepcopy(model), scheme, stats=calibrated(model, x), smooth=smooth)(x),
     )
+    held = fxquant.quantize(model, scheme, stats=calibrated(model, x), smooth=smooth)
     wanted = held(x)
-    assert sqnr(wanted, model(x)) > 25
+    assert sqnr(wanted, expected) > 25 and sqnr(wanted, graph) > 40
+    assert held.gate.input_scale is held.up.input_scale and held.down.input_scale.shape == (1,)
+    assert (held.gate.input_zero is None) == (scheme != "int8static")
     canonical = sum(b.nbytes for name, b in held.named_buffers() if "_codes" in name)
     before = weights.resident_bytes()
+    graphs.clear()
     run = torch.compile(held, backend="fxquant", fullgraph=True)
     y = run(x)
     torch.testing.assert_close(y, wanted, rtol=0, atol=0.01 * float(wanted.abs().max()))
@@ -165,9 +148,38 @@ def test_modules_with_qparams_of_their_own(scheme, graphs):
         assert left + packed <= 1.05 * canonical + 4 * 4 * 3 * 256, (left, packed, canonical)
         assert held.up.codes.shape == (256, 256)
         assert torch.equal(run(x), y)
-    held.down.input_scale *= 2  # a buffer, not a constant of the graph
+    held.down.input_scale *= 3  # a buffer, not a constant of the graph
     assert not torch.equal(run(x), y)
     torch.testing.assert_close(run(x), held(x), rtol=0, atol=0.02 * float(wanted.abs().max()))
+
+
+@torch.no_grad()
+def test_in_place_needs_statistics_and_the_checkpoint_holds_them():
+    model, x = MLP().requires_grad_(False), torch.randn(9, 64)
+    with pytest.raises(UncalibratedInput, match=r"^up: int8static takes the scale"):
+        fxquant.quantize(model, "int8static")
+    stats = calibrated(model, x, kinds={"input": ("channel", "histogram")})
+    with pytest.raises(InvalidOption, match="percentile"):
+        fxquant.quantize(model, "int8static", stats=stats, ranges="percentile")  # it is smoothed
+    cut, whole = (
+        fxquant.quantize(copy.deepcopy(model), "int8static", stats=stats, smooth=False, ranges=how)
+        for how in ("mse", "minmax")
+    )
+    assert cut.up.input_scale < whole.up.input_scale
+    with torch.device("meta"):
+        empty = MLP()
+    empty = fxquant.quantize(empty, "int8static")
+    empty.load_state_dict(cut.state_dict(), assign=True)
+    assert torch.equal(empty(x), cut(x)) and not torch.equal(whole(x), cut(x))
+    whole.load_state_dict(cut.state_dict())
+    assert torch.equal(whole(x), cut(x))
+    state = cut.state_dict()
+    del state["up.input_scale"]
+    with pytest.raises(RuntimeError, match=r"Missing key.*up.input_scale"):
+        whole.load_state_dict(state)
+    dynamic = fxquant.quantize(MLP(), "int8dq")
+    with pytest.raises(RuntimeError, match=r"Unexpected key.*up.input_scale"):
+        dynamic.load_state_dict(cut.state_dict())
 
 
 @pytest.mark.parametrize(

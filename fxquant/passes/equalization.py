@@ -261,8 +261,8 @@ def _scaled(
 def smoothing_scale(
     x_max: torch.Tensor, weights: Sequence[torch.Tensor], alpha: float
 ) -> torch.Tensor:
-    """s [K] of equation 4 in float32 (float64 for float64 weights), for activations of ``max |X|`` [K] and weights [N, K] that read
-    them; 1 for channels that are zero throughout on either side."""
+    """s [K] of equation 4 in float32 (float64 for float64 weights), for activations of ``max |X|`` [K]
+    and weights [N, K] that read them; 1 for channels that are zero throughout on either side."""
     wide = torch.float64 if torch.float64 in {w.dtype for w in weights} else torch.float32
     w_max = torch.stack([w.abs().amax(0).to(wide) for w in weights]).amax(0)
     x_max = x_max.to(wide)
@@ -278,8 +278,7 @@ def alpha_of(alpha: Any, names: Sequence[str]) -> float | None:
     if own is None or own is False:
         return None
     if not isinstance(own, int | float) or isinstance(own, bool) or not 0.0 <= own <= 1.0:
-        expected = 'a number from 0 to 1, "auto", "awq" or False'
-        raise InvalidOption(name="smooth", value=own, expected=expected)
+        raise InvalidOption(name="smooth", value=own, expected="a number from 0 to 1, or False")
     return float(own)
 
 

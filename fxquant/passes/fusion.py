@@ -41,7 +41,7 @@ def fuse(gm: fx.GraphModule) -> bool:
     with, and a dtype. A scheme whose input is not quantized as it asks is left alone.
     """
     fused: list[fx.Node] = []
-    _quantize_once(gm)
+    _prepare_once(gm)
     constant = constants(gm)
     held = gm.graph.find_nodes(op="call_function", target=ops.linear.default)  # QuantLinears
     for node in [*held, *gm.graph.find_nodes(op="call_function", target=aten.linear.default)]:
@@ -53,14 +53,20 @@ def fuse(gm: fx.GraphModule) -> bool:
     return bool(fused)
 
 
-def _quantize_once(gm: fx.GraphModule) -> None:
-    """QuantLinears that read one value with the same static scale share its codes."""
+PREPARATION = (ops.quantize_static.default, aten.div.Tensor, aten.to.dtype)
+"""What a QuantLinear does to its input: smoothing, and codes of a static scheme."""
+
+
+def _prepare_once(gm: fx.GraphModule) -> None:
+    """QuantLinears that prepare one value alike (of q, k and v, say) read one result."""
     first: dict[Any, fx.Node] = {}
     changed = written(gm)
-    for node in gm.graph.find_nodes(op="call_function", target=ops.quantize_static.default):
+    for node in list(gm.graph.nodes):
+        if node.target not in PREPARATION or node.kwargs or memory_of(node) & changed:
+            continue
         if memory_of(node.args[0]) & changed:
             continue
-        if (known := first.setdefault(node.args, node)) is not node:
+        if (known := first.setdefault((node.target, *node.args), node)) is not node:
             replace(node, known)
 
 
