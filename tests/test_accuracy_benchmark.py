@@ -23,6 +23,10 @@ PARTS = ("data", "model", "train", "contenders", "subjects", "expectations", "re
 def _surroundings(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.syspath_prepend(FOLDER)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # tensors so small take longer with more, where others use the cores
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture
