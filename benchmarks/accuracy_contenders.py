@@ -28,7 +28,8 @@ class Contender:
     """A row. scheme: fxquant's, a key of TORCHAO, or a base.
 
     smooth, solver: what ``fxquant.quantize`` takes. ranges: the scheme itself needs statistics.
-    compiled: what ``fxquant.compile`` makes of it runs, not the reference arithmetic. cuda: needs it.
+    compiled: ``fxquant.compile`` rewrites the float model's graph and the generated kernels run, instead
+    of ``fxquant.quantize`` in place and the reference arithmetic. cuda: the row needs it.
     """
 
     name: str
@@ -68,7 +69,7 @@ class Calibration:
             model(**batch) if isinstance(batch, dict) else model(batch)
 
 
-def convert(contender: Contender, data: Calibration) -> nn.Module:
+def convert(contender: Contender, data: Calibration) -> Callable[..., Any]:
     """A copy of the float model, quantized as the row says. Raises what the library raises."""
     model = copy.deepcopy(data.model)
     if contender.library == "float":
@@ -76,15 +77,17 @@ def convert(contender: Contender, data: Calibration) -> nn.Module:
     if contender.library == "torchao":
         TORCHAO[contender.scheme](model, data)
         return model
+    recipe = data.recipe(contender.scheme)
     options: dict[str, Any] = {}
     if contender.ranges or contender.smooth is not False:
         options |= {"stats": data.stats, "smooth": contender.smooth}
+    if contender.compiled:
+        return fxquant.compile(model, recipe=recipe, **options)
     if contender.solver != "rtn":
         options["solver"] = contender.solver
     if contender.solver == "gptq":
         options["batches"] = data.batches
-    fxquant.quantize(model, data.recipe(contender.scheme), **options)
-    return fxquant.compile(model) if contender.compiled else model
+    return fxquant.quantize(model, recipe, **options)
 
 
 def _chosen(module: nn.Module, name: str) -> bool:
@@ -225,6 +228,15 @@ def _smoothed(scheme: str, *alphas: Any, ranges: bool = False) -> list[Contender
     return rows
 
 
+def _compiled(scheme: str, *alphas: Any) -> list[Contender]:
+    """Smoothing in a graph reaches also what no norm or linear before it can take up."""
+    rows = []
+    for alpha in alphas:
+        name = f"{scheme} compiled" if alpha is False else f"{scheme} smooth {alpha} compiled"
+        rows.append(Contender(name=name, scheme=scheme, smooth=alpha, compiled=True))
+    return rows
+
+
 FLOAT = [Contender(name=name, scheme=name, library="float") for name in BASES]
 INT8 = [
     Contender(name="int8wo", scheme="int8wo"),
@@ -255,8 +267,8 @@ PLAIN = [
         for size in SIZES
         for row in _solved(f"int{bits}wo-{size}", ("hqq", "gptq"))
     ),
-    Contender(name="int8dq compiled", scheme="int8dq", compiled=True),
-    Contender(name="int4wo-128 compiled", scheme="int4wo-128", compiled=True),
+    *_compiled("int8dq", False),
+    *_compiled("int4wo-128", False),
     *TORCHAO_INT8,
     *_torchao("fp8wo"),
     *_torchao("fp8dq", cuda=True),
@@ -270,6 +282,7 @@ PLAIN = [
 OUTLIERS = [
     *FLOAT,
     *INT8,
+    *_compiled("int8dq", 0.5),
     *FP8,
     *_smoothed("8da4w-32", 0.5, "auto"),
     *_solved("int4wo-128"),
@@ -280,6 +293,7 @@ OUTLIERS = [
 MINILM = [
     *FLOAT,
     *INT8,
+    *_compiled("int8dq", False, 0.5, 0.6, "auto"),
     *FP8,
     *_smoothed("8da4w-32", "auto"),
     *_solved("int4wo-128"),

@@ -125,13 +125,20 @@ EXPECTATIONS = (
     Expectation("int8dq suffers from outliers", "outliers", growth("int8dq"), "%", at_least=0.5),
     *(
         Expectation(
-            f"int8dq: smoothing, {alpha}, recovers",
+            f"int8dq: smoothing, {how}, recovers",
             "outliers",
-            recovered(f"int8dq smooth {alpha}", "int8dq"),
+            recovered(f"int8dq smooth {how}", "int8dq"),
             "%",
             at_least=80,
         )
-        for alpha in (0.5, "auto")
+        for how in ("0.5", "auto", "0.5 compiled")
+    ),
+    Expectation(
+        "int8dq smooth 0.5 less torchao's SmoothQuant",
+        "outliers",
+        excess("int8dq smooth 0.5", "torchao int8dq smoothquant"),
+        "mnat",
+        at_most=0.5,
     ),
     _recovers("int4wo-128", 40),
     _recovers("int3wo-128", 40),
@@ -168,8 +175,8 @@ EXPECTATIONS = (
         for name, least in (
             ("int8wo", 0.9993),
             ("int8dq", 0.9972),
-            ("int8dq smooth 0.6", 0.9989),
-            ("int8dq smooth auto", 0.9990),
+            ("int8dq smooth 0.6 compiled", 0.9989),
+            ("int8dq smooth auto compiled", 0.9990),
         )
     ),
 )
@@ -180,6 +187,8 @@ PAIRS = {
     "int8dq": "torchao int8dq",
     "int8dq smooth 0.5": "torchao int8dq smoothquant",
     "int8dq smooth auto": "torchao int8dq smoothquant",
+    "int8dq smooth 0.5 compiled": "torchao int8dq smoothquant",
+    "int8dq smooth auto compiled": "torchao int8dq smoothquant",
     "fp8wo": "torchao fp8wo",
     "fp8dq": "torchao fp8dq",
     **{f"8da4w-{size}": f"torchao 8da4w-{size}" for size in (128, 64, 32)},

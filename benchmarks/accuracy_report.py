@@ -16,9 +16,10 @@ Perplexity is of bytes: of tokens of four bytes it grows by about four times as 
 loss: mean cross-entropy on the held-out sequences less that of the base row, in thousandths of a nat a
 byte, mean of the seeds; the interval is a bootstrap (95 %) over held-out sequences of the paired
 difference; seeds: the smallest and largest of the seeds' own means. lm_head and the embedding stay
-float, as in the literature; the norms that feed quantized linears take up smoothing, o_proj has nothing
-before it that could. Everything runs eagerly in the reference arithmetic of its library, but for the rows
-called "compiled". Outliers: 2 % of each norm's channels times 64, the columns that read them divided by
+float, as in the literature. Smoothing in place goes where a norm or linear can take up its inverse: not
+o_proj, and in MiniLM, whose norms feed the residual sum too, nowhere; "compiled" rows smooth the graph,
+which divides where it must, and run the kernels; all others run eagerly in the reference arithmetic of
+their library. Outliers: 2 % of each norm's channels times 64, the columns that read them divided by
 64; this enlarges activations and makes weights small, so that weight-only schemes suffer too, and
 SmoothQuant's scale (equation 4) is exactly what undoes it, for every alpha. MiniLM: cosine of the
 embeddings to float32's, calibrated on texts other than those measured; worst of texts and seeds.
