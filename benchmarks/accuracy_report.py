@@ -1,0 +1,136 @@
+"""What becomes of the readings of accuracy.py: rows, tables, a page."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from accuracy_expectations import Losses, interval
+from tabulate import tabulate
+
+ABOUT = """\
+Perplexity is of bytes: of tokens of four bytes it grows by about four times as many per cent.
+loss: mean cross-entropy on the held-out sequences less that of the base row, in thousandths of a nat a
+byte, mean of the seeds; the interval is a bootstrap (95 %) over held-out sequences of the paired
+difference; seeds: the smallest and largest of the seeds' own means. lm_head and the embedding stay
+float, as in the literature. Smoothing in place goes where a norm or linear can take up its inverse: not
+o_proj, and in MiniLM, whose norms feed the residual sum too, nowhere; "compiled" rows smooth the graph,
+which divides where it must, and run the kernels; all others run eagerly in the reference arithmetic of
+their library. Outliers: 2 % of each norm's channels times 64, the columns that read them divided by
+64; this enlarges activations and makes weights small, so that weight-only schemes suffer too, and
+SmoothQuant's scale (equation 4) is exactly what undoes it, for every alpha. MiniLM: cosine of the
+embeddings to float32's, calibrated on texts other than those measured; worst of texts and seeds.
+torchao int4-*, int3-* and int2-* are its IntxWeightOnlyConfig (asymmetric; hqq: symmetric, scales
+alone), int4wo-* its tile_packed_to_4d for CUDA."""
+
+
+def rows_of(losses: Losses, cosine: bool) -> list[dict[str, Any]]:
+    """A row for each contender that ran, in their order."""
+    found = []
+    for name, values in losses.values.items():
+        delta = losses.delta(name)
+        row: dict[str, Any] = {"name": name, "loss": float(values.mean())}
+        if cosine:
+            row |= {
+                "cosine_mean": float(1 - values.mean()),
+                "cosine_worst": float(1 - values.max()),
+            }
+            row["cosine_worst_by_seed"] = (1 - values.max(1)).tolist()
+        else:
+            change = (values - losses.of(losses.base)).mean(1)
+            row |= {
+                "perplexity": float(np.exp(values.mean(1)).mean()),
+                "growth_percent": float(100 * np.expm1(delta[0])),
+                "delta": float(delta[0]),
+                "interval": list(interval(delta)),
+                "delta_by_seed": change.tolist(),
+            }
+        found.append(row)
+    return found
+
+
+def table(rows: Sequence[Mapping[str, Any]], failed: Mapping[str, str]) -> str:
+    """Rows that ran; below them what failed."""
+    if "cosine_mean" in rows[0]:
+        headers = ["", "cosine", "worst", "worst by seed"]
+        lines = [
+            [
+                r["name"],
+                f"{r['cosine_mean']:.5f}",
+                f"{r['cosine_worst']:.5f}",
+                " ".join(f"{c:.4f}" for c in r["cosine_worst_by_seed"]),
+            ]
+            for r in rows
+        ]
+    else:
+        headers = ["", "perplexity", "%", "loss, mnat", "95 %", "seeds"]
+        lines = [
+            [
+                r["name"],
+                f"{r['perplexity']:.4f}",
+                f"{r['growth_percent']:+.3f}",
+                f"{1e3 * r['delta']:+.2f}",
+                _range(r["interval"], 1e3),
+                _range((min(r["delta_by_seed"]), max(r["delta_by_seed"])), 1e3),
+            ]
+            for r in rows
+        ]
+    text = tabulate(lines, headers=headers, tablefmt="github", disable_numparse=True)
+    return text + "".join(f"\n\n{name} failed: {why}" for name, why in failed.items())
+
+
+def _range(pair: Sequence[float], scale: float = 1.0, form: str = "+.2f") -> str:
+    return f"{scale * pair[0]:{form}} .. {scale * pair[1]:{form}}"
+
+
+def expectations_table(checked: Sequence[Mapping[str, Any]]) -> str:
+    lines = []
+    for c in checked:
+        measured = "value" in c
+        form = ".4f" if not c["unit"] else ".3f"
+        value = f"{c['value']:{form}} {c['unit']}" if measured else f"needs {c['missing']}"
+        spread = _range(c["interval"], form=form) if measured and c["unit"] else ""
+        lines.append([c["verdict"], c["name"], c["subject"], c["bound"], value, spread])
+    headers = ["", "expectation", "subject", "bound", "measured", "95 %"]
+    return tabulate(lines, headers=headers, tablefmt="github", disable_numparse=True)
+
+
+def pairs_table(pairs: Sequence[Mapping[str, Any]], cosine: bool) -> str:
+    unit = "1 - cosine, 1e-3" if cosine else "loss, mnat"
+    lines = [
+        [p["fxquant"], p["torchao"], f"{1e3 * p['difference']:+.3f}", _range(p["interval"], 1e3)]
+        for p in pairs
+    ]
+    headers = ["fxquant", "torchao", f"fxquant less torchao: {unit}", "95 %"]
+    return tabulate(lines, headers=headers, tablefmt="github", disable_numparse=True)
+
+
+def page(report: Mapping[str, Any]) -> str:
+    """Everything as Markdown."""
+    machine = ", ".join(f"{k} {v}" for k, v in report["machine"].items())
+    parts = [f"# Accuracy on a trained model\n\n{machine}\n\n{report['seeds']}\n\n{ABOUT}\n"]
+    parts.append(f"## Expectations\n\n{expectations_table(report['expectations'])}\n")
+    for name, subject in report["subjects"].items():
+        cosine = name == "minilm"
+        parts.append(f"## {name}\n\nbase: {subject['base']}; {_about(subject['about'])}\n")
+        parts.append(table(subject["rows"], subject["failed"]) + "\n")
+        if subject["side_by_side"]:
+            parts.append(pairs_table(subject["side_by_side"], cosine) + "\n")
+    return "\n".join(parts)
+
+
+def _about(about: Sequence[Mapping[str, Any]]) -> str:
+    return "; ".join(
+        ", ".join(f"{k} {v:.6g}" if isinstance(v, float) else f"{k} {v}" for k, v in one.items())
+        for one in about
+    )
+
+
+def save(report: Mapping[str, Any], folder: Path, name: str) -> None:
+    """Write NAME.json and its page, NAME.md."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{name}.json").write_text(json.dumps(report, indent=1) + "\n")
+    (folder / f"{name}.md").write_text(page(report))
