@@ -16,8 +16,9 @@ import torch
 import torch._dynamo, torch._functorch.config, torch._inductor.compile_fx
 from torch import nn
 
-def names(config):
-    return {k: repr(v) for k, v in config.get_config_copy().items()}
+def names(config):  # a copied set may have another order
+    copy = config.get_config_copy()
+    return {k: repr(sorted(v) if isinstance(v, set) else v) for k, v in copy.items()}
 
 def snapshot():
     return {

@@ -89,7 +89,7 @@ def get_solver(name: str | Solver, **options: Any) -> Solver:
             if option not in known or option == "layer":
                 expected = f"an option of {name}: {', '.join(known[:-1])}"
                 raise InvalidOption(name=option, value=options[option], expected=expected)
-        return replace(found, options={**found.options, **options})
+        return replace(found, options={**found.options, **options}) if options else found
     except (KeyError, TypeError):
         expected = f"one of {', '.join(SOLVERS)}"
         raise InvalidOption(name="solver", value=name, expected=expected) from None
