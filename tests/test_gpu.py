@@ -87,3 +87,20 @@ def _copy(model: Block) -> Block:
     other = Block(256).cuda().bfloat16().requires_grad_(False).eval()
     other.load_state_dict(model.state_dict())
     return other
+
+
+@pytest.mark.parametrize("keep", ["cpu", "device", "disk"])
+@torch.no_grad()
+def test_a_model_on_the_cpu_is_solved_on_the_gpu(keep):
+    model = torch.nn.Sequential(Block(256), Block(256)).eval().requires_grad_(False)
+    data = [torch.randn(2, 24, 256) for _ in range(4)]
+    settings = {"solver": "gptq", "batches": data, "progress": False}
+    wanted = fxquant.quantize(_copy(model), "int4wo-64", **settings)
+    found = fxquant.quantize(model, "int4wo-64", device="cuda", keep=keep, **settings)
+    for name, module in found.named_modules():
+        if isinstance(module, fxquant.QuantLinear):
+            other = wanted.get_submodule(name)
+            assert module.codes.device.type == "cpu"
+            assert abs(module.record.relative / other.record.relative - 1) < 0.05
+    x = data[0]
+    assert sqnr(found(x), wanted(x)) > 20
