@@ -33,6 +33,12 @@ class Recording:
         self.inputs = gm.graph.find_nodes(op="placeholder")
         self.fixed: Values = {}
 
+    @property
+    def home(self) -> torch.device | None:
+        """Where the parameters are; None for a graph without any."""
+        tensors = (x for x in self.fixed.values() if isinstance(x, torch.Tensor))
+        return next((x.device for x in tensors), None)
+
 
 class _Recorded(Exception):
     """The call has been recorded, and is not needed any further."""
@@ -81,7 +87,8 @@ def record(
 class Replay:
     """Computes stretches of a recorded graph eagerly, node by node.
 
-    device: where; parameters and values are brought there. prepare: what a parameter is, given its
+    device: where; parameters and values are brought there, and what the graph makes where the model's
+    parameters are is made there. prepare: what a parameter is, given its
     name in the model and its value. linear: computes a linear, given its node, its input and bias, and
     a function that computes it in float.
     """
@@ -126,9 +133,7 @@ class Replay:
             return values[source] if source in values else self.constant(source)
 
         def compute() -> Any:
-            args = map_arg(node.args, read)
-            kwargs = map_arg(node.kwargs, read)
-            return node.target(*args, **kwargs)  # type: ignore[operator]
+            return self._call(node, read)
 
         if node.target is torch.ops.aten.linear.default:
             x, bias = map_arg((node.args[0], (*node.args, None)[2]), read)
@@ -146,10 +151,18 @@ class Replay:
             elif node.op == "get_attr":
                 self._known[node] = fetch(recording.gm, str(node.target))
             else:
-                args = map_arg(node.args, self.constant)
-                kwargs = map_arg(node.kwargs, self.constant)
-                self._known[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+                self._known[node] = self._call(node, self.constant)
         return self._known[node]
+
+    def _call(self, node: fx.Node, read: Callable[[fx.Node], Any]) -> Any:
+        home = self.recording.home
+        args, kwargs = map_arg((node.args, node.kwargs), read)
+        if home != self.device:
+            args, kwargs = tree_map(
+                lambda x: self.device if isinstance(x, torch.device) and x == home else x,
+                (args, kwargs),
+            )
+        return node.target(*args, **kwargs)  # type: ignore[operator]
 
     def _here(self, value: Any) -> Any:
         return tree_map(
@@ -174,7 +187,8 @@ class Waiting:
             flat = {str(i): x.contiguous().clone() for i, x in tensors.items()}
             save_file(flat, self._path(index))
             for i, x in tensors.items():
-                leaves[i] = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
+                laid = x.contiguous() if 0 in x.stride() else x  # an expanded one is written out
+                leaves[i] = torch.empty_strided(x.shape, laid.stride(), device="meta")
         self._held[index] = leaves, spec
 
     def get(self, index: int) -> Values:
