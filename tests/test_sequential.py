@@ -201,6 +201,28 @@ def test_what_no_batch_reaches_is_an_error_before_anything_changes():
     assert isinstance(model.never, nn.Linear)
 
 
+class Counting(nn.Module):
+    """Writes to its own buffers whenever it runs."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.norm, self.b = nn.Linear(32, 32), nn.BatchNorm1d(32), nn.Linear(32, 32)
+        self.register_buffer("calls", torch.zeros(1))
+
+    def forward(self, x):
+        self.calls.add_(1)
+        return self.b(self.norm(self.a(x)))
+
+
+def test_buffers_that_the_model_writes_to_are_as_they_were():
+    model = Counting().train().requires_grad_(False)
+    before = {k: v.clone() for k, v in model.named_buffers()}
+    data = [torch.randn(8, 32) for _ in range(3)]
+    fxquant.quantize(model, "int4wo-32", solver="gptq", batches=data, **QUIET)
+    assert model.b.record.tokens == 24
+    assert all(torch.equal(model.get_buffer(k), v) for k, v in before.items())
+
+
 class Breaks(nn.Module):
     def __init__(self):
         super().__init__()
