@@ -13,7 +13,7 @@ from torch.fx.node import map_arg
 
 from .capture import NAMES, from_dynamo
 from .errors import CaptureFailed, FxQuantError
-from .graph import constants, fetch, parameters, written
+from .graph import constants, fetch, parameters
 from .inductor import DynamoError, Regions, calling, tree_flatten, tree_map, tree_unflatten
 from .passes import normalize
 
@@ -30,7 +30,6 @@ class Recording:
         self.gm = gm
         self.names = parameters(gm)
         self.constant = constants(gm)
-        self.changed = written(gm)
         self.inputs = gm.graph.find_nodes(op="placeholder")
         self.fixed: Values = {}
 
@@ -148,9 +147,9 @@ class Replay:
             if node.op == "placeholder" or node in recording.names:
                 fixed = recording.fixed
                 value = fixed[node] if node in fixed else fetch(recording.gm, str(node.target))
-                value = self._here(self.prepare(recording.names[node], value))
-                # what the graph writes to (running statistics, a cache) is the user's
-                self._known[node] = value.clone() if node in recording.changed else value
+                if not isinstance(value, nn.Parameter):  # running statistics, a cache: the model's own
+                    value = value.clone()
+                self._known[node] = self._here(self.prepare(recording.names[node], value))
             elif node.op == "get_attr":
                 self._known[node] = fetch(recording.gm, str(node.target))
             else:
