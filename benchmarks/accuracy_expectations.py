@@ -101,15 +101,35 @@ class Expectation:
         return bool(self.at_least <= value <= self.at_most)
 
 
-def _recovers(scheme: str, least: float) -> Expectation:
-    name = f"{scheme}: GPTQ recovers of round-to-nearest's loss"
-    figure = recovered(f"{scheme} gptq", scheme)
-    return Expectation(name, "plain", figure, "%", at_least=least)
+def _of_weights(subject: str) -> list[Expectation]:
+    """What is expected of solvers and group sizes, of the loss or of the divergence."""
+    found = []
+    for bits in (4, 3):
+        name, figure = f"int{bits}wo-128", recovered(f"int{bits}wo-128 gptq", f"int{bits}wo-128")
+        about = f"{name}: GPTQ recovers of round-to-nearest's loss"
+        found.append(Expectation(about, subject, figure, "%", at_least=40))
+    gains = {"a larger part": (recovered, "points"), "more": (_gained, "mnat")}
+    for what, (figure_of, unit) in gains.items():
+        figure = _more_at_three_bits(figure_of)
+        about = f"GPTQ recovers {what} at int3 than at int4"
+        found.append(Expectation(about, subject, figure, unit, at_least=0))
+    for solver in ("awq", "hqq"):
+        for size in (128, 64, 32):
+            better, worse = f"int4wo-{size} {solver}", f"int4wo-{size}"
+            about = f"{better} less round-to-nearest"
+            figure = excess(better, worse)
+            found.append(Expectation(about, subject, figure, "mnat", at_most=0))
+    for small, large in ((32, 64), (64, 128)):
+        about, figure = (
+            f"int4wo-{small} less int4wo-{large}",
+            excess(f"int4wo-{small}", f"int4wo-{large}"),
+        )
+        found.append(Expectation(about, subject, figure, "mnat", at_most=0))
+    return found
 
 
-def _not_worse(solver: str, scheme: str) -> Expectation:
-    name = f"{scheme}: {solver.upper()} less round-to-nearest"
-    return Expectation(name, "plain", excess(f"{scheme} {solver}", scheme), "mnat", at_most=0)
+def _gained(name: str, over: str) -> Figure:
+    return excess(over, name)
 
 
 def _more_at_three_bits(figure: Callable[[str, str], Figure]) -> Figure:
@@ -145,33 +165,8 @@ EXPECTATIONS = (
         "mnat",
         at_most=0.5,
     ),
-    _recovers("int4wo-128", 40),
-    _recovers("int3wo-128", 40),
-    Expectation(
-        "GPTQ recovers a larger part at int3 than at int4",
-        "plain",
-        _more_at_three_bits(recovered),
-        "points",
-        at_least=0,
-    ),
-    Expectation(
-        "GPTQ recovers more at int3 than at int4",
-        "plain",
-        _more_at_three_bits(lambda gptq, rtn: excess(rtn, gptq)),
-        "mnat",
-        at_least=0,
-    ),
-    *(_not_worse(solver, f"int4wo-{size}") for solver in ("awq", "hqq") for size in (128, 64, 32)),
-    *(
-        Expectation(
-            f"int4wo-{small} less int4wo-{large}",
-            "plain",
-            excess(f"int4wo-{small}", f"int4wo-{large}"),
-            "mnat",
-            at_most=0,
-        )
-        for small, large in ((32, 64), (64, 128))
-    ),
+    *_of_weights("plain"),
+    *_of_weights("plain divergence"),
     *(
         Expectation(
             f"{scheme} compiled less the reference",

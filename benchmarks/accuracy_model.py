@@ -134,16 +134,26 @@ def add_outliers(model: LanguageModel, factor: float, share: float, seed: int = 
 
 
 @torch.no_grad()
-def sequence_losses(model: nn.Module, tokens: torch.Tensor, batch: int) -> torch.Tensor:
-    """The mean cross-entropy of each sequence [count], in nats a token, float64 on the CPU.
+def log_probabilities(model: nn.Module, tokens: torch.Tensor, batch: int) -> torch.Tensor:
+    """Of every next token, float32 [count, T, vocabulary], after the first T of tokens [count, T + 1]."""
+    return torch.cat([F.log_softmax(model(p[:, :-1]).float(), -1) for p in tokens.split(batch)])
+
+
+@torch.no_grad()
+def sequence_losses(
+    model: nn.Module, tokens: torch.Tensor, batch: int, reference: torch.Tensor
+) -> torch.Tensor:
+    """Of each sequence the mean cross-entropy and the mean divergence from a reference: nats a token,
+    float64 [2, count] on the CPU.
 
     tokens [count, T + 1], on the model's device: the first T are read, the last T are predicted.
+    reference: log_probabilities of the float model. KL(float || model) does without the text's own
+    luck: where rounding happens to help the cross-entropy, it still counts as a change.
     """
     found = []
-    for part in tokens.split(batch):
-        logits = model(part[:, :-1])
-        losses = F.cross_entropy(
-            logits.flatten(0, 1).float(), part[:, 1:].flatten(), reduction="none"
-        )
-        found.append(losses.view(len(part), -1).double().mean(1).cpu())
-    return torch.cat(found)
+    for part, wanted in zip(tokens.split(batch), reference.split(batch), strict=True):
+        predicted = log_probabilities(model, part, batch)
+        surprise = -predicted.gather(-1, part[:, 1:, None]).squeeze(-1)
+        divergence = (wanted.exp() * (wanted - predicted)).sum(-1)
+        found.append(torch.stack([surprise, divergence]).double().mean(-1).cpu())
+    return torch.cat(found, 1)

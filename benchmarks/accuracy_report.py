@@ -12,43 +12,49 @@ from accuracy_expectations import Losses, interval
 from tabulate import tabulate
 
 ABOUT = """\
-Perplexity is of bytes: of tokens of four bytes it grows by about four times as many per cent.
-loss: mean cross-entropy on the held-out sequences less that of the base row, in thousandths of a nat a
-byte, mean of the seeds; the interval is a bootstrap (95 %) over held-out sequences of the paired
-difference; seeds: the smallest and largest of the seeds' own means. lm_head and the embedding stay
-float, as in the literature. Smoothing in place goes where a norm or linear can take up its inverse: not
-o_proj, and in MiniLM, whose norms feed the residual sum too, nowhere; "compiled" rows smooth the graph,
-which divides where it must, and run the kernels; all others run eagerly in the reference arithmetic of
-their library. Outliers: 2 % of each norm's channels times 64, the columns that read them divided by
-64; this enlarges activations and makes weights small, so that weight-only schemes suffer too, and
-SmoothQuant's scale (equation 4) is exactly what undoes it, for every alpha. MiniLM: cosine of the
-embeddings to float32's, calibrated on texts other than those measured; worst of texts and seeds.
-torchao int4-*, int3-* and int2-* are its IntxWeightOnlyConfig (asymmetric; hqq: symmetric, scales
-alone), int4wo-* its tile_packed_to_4d for CUDA."""
+Perplexity is of bytes: of tokens of four bytes it grows by about four times as many per cent. loss:
+mean cross-entropy on the held-out sequences less that of the base row, in thousandths of a nat a byte,
+mean of the seeds; the interval is a bootstrap (95 %) over held-out sequences of the paired difference;
+seeds: the smallest and largest of the seeds' own means. KL: the mean divergence of the base's
+predictions from the row's. Rounding may by luck help the loss, whose first derivative is not 0 on
+held-out text; it never helps the divergence, which therefore tells small losses apart. lm_head and the
+embedding stay float, as in the literature. Smoothing in place goes where a norm or linear can take up
+its inverse: not o_proj, and in MiniLM, whose norms feed the residual sum too, nowhere; "compiled" rows
+smooth the graph, which divides where it must, and run the kernels; all others run eagerly in the
+reference arithmetic of their library. Outliers: 2 % of each norm's channels times 64, the columns that
+read them divided by 64; this enlarges activations and makes weights small, so that weight-only schemes
+suffer too, and SmoothQuant's scale (equation 4) is exactly what undoes it, for every alpha. MiniLM:
+cosine of the embeddings to float32's, calibrated on texts other than those measured; worst of texts and
+seeds. torchao int4-*, int3-* and int2-* are its IntxWeightOnlyConfig (asymmetric; hqq: symmetric,
+scales alone), int4wo-* its tile_packed_to_4d for CUDA."""
 
 
-def rows_of(losses: Losses, cosine: bool) -> list[dict[str, Any]]:
-    """A row for each contender that ran, in their order."""
+def rows_of(measured: Sequence[Losses]) -> list[dict[str, Any]]:
+    """A row for each contender that ran, in their order. measured: loss and divergence, or 1 - cosine."""
+    losses, *divergences = measured
     found = []
     for name, values in losses.values.items():
-        delta = losses.delta(name)
-        row: dict[str, Any] = {"name": name, "loss": float(values.mean())}
-        if cosine:
-            row |= {
-                "cosine_mean": float(1 - values.mean()),
-                "cosine_worst": float(1 - values.max()),
-            }
-            row["cosine_worst_by_seed"] = (1 - values.max(1)).tolist()
-        else:
-            change = (values - losses.of(losses.base)).mean(1)
-            row |= {
+        if not divergences:
+            row = {"cosine_mean": float(1 - values.mean()), "cosine_worst": float(1 - values.max())}
+            found.append(
+                {"name": name, **row, "cosine_worst_by_seed": (1 - values.max(1)).tolist()}
+            )
+            continue
+        delta, divergence = losses.delta(name), divergences[0].delta(name)
+        change = (values - losses.of(losses.base)).mean(1)
+        found.append(
+            {
+                "name": name,
+                "loss": float(values.mean()),
                 "perplexity": float(np.exp(values.mean(1)).mean()),
                 "growth_percent": float(100 * np.expm1(delta[0])),
                 "delta": float(delta[0]),
                 "interval": list(interval(delta)),
                 "delta_by_seed": change.tolist(),
+                "divergence": float(divergence[0]),
+                "divergence_interval": list(interval(divergence)),
             }
-        found.append(row)
+        )
     return found
 
 
@@ -66,7 +72,7 @@ def table(rows: Sequence[Mapping[str, Any]], failed: Mapping[str, str]) -> str:
             for r in rows
         ]
     else:
-        headers = ["", "perplexity", "%", "loss, mnat", "95 %", "seeds"]
+        headers = ["", "perplexity", "%", "loss, mnat", "95 %", "seeds", "KL, mnat", "95 %"]
         lines = [
             [
                 r["name"],
@@ -75,6 +81,8 @@ def table(rows: Sequence[Mapping[str, Any]], failed: Mapping[str, str]) -> str:
                 f"{1e3 * r['delta']:+.2f}",
                 _range(r["interval"], 1e3),
                 _range((min(r["delta_by_seed"]), max(r["delta_by_seed"])), 1e3),
+                f"{1e3 * r['divergence']:.3f}",
+                _range(r["divergence_interval"], 1e3, ".3f"),
             ]
             for r in rows
         ]
@@ -98,13 +106,12 @@ def expectations_table(checked: Sequence[Mapping[str, Any]]) -> str:
     return tabulate(lines, headers=headers, tablefmt="github", disable_numparse=True)
 
 
-def pairs_table(pairs: Sequence[Mapping[str, Any]], cosine: bool) -> str:
-    unit = "1 - cosine, 1e-3" if cosine else "loss, mnat"
+def pairs_table(pairs: Sequence[Mapping[str, Any]], measure: str) -> str:
     lines = [
         [p["fxquant"], p["torchao"], f"{1e3 * p['difference']:+.3f}", _range(p["interval"], 1e3)]
         for p in pairs
     ]
-    headers = ["fxquant", "torchao", f"fxquant less torchao: {unit}", "95 %"]
+    headers = ["fxquant", "torchao", f"fxquant less torchao: {measure}, thousandths", "95 %"]
     return tabulate(lines, headers=headers, tablefmt="github", disable_numparse=True)
 
 
@@ -114,11 +121,11 @@ def page(report: Mapping[str, Any]) -> str:
     parts = [f"# Accuracy on a trained model\n\n{machine}\n\n{report['seeds']}\n\n{ABOUT}\n"]
     parts.append(f"## Expectations\n\n{expectations_table(report['expectations'])}\n")
     for name, subject in report["subjects"].items():
-        cosine = name == "minilm"
         parts.append(f"## {name}\n\nbase: {subject['base']}; {_about(subject['about'])}\n")
         parts.append(table(subject["rows"], subject["failed"]) + "\n")
-        if subject["side_by_side"]:
-            parts.append(pairs_table(subject["side_by_side"], cosine) + "\n")
+        for measure, pairs in subject["side_by_side"].items():
+            if pairs:
+                parts.append(pairs_table(pairs, measure) + "\n")
     return "\n".join(parts)
 
 

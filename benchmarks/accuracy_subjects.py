@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from accuracy_contenders import BASES, Calibration
 from accuracy_data import Text, draw, standard_library, stream, unigram_perplexity, windows
-from accuracy_model import LanguageModel, Size, add_outliers, sequence_losses
+from accuracy_model import LanguageModel, Size, add_outliers, log_probabilities, sequence_losses
 from accuracy_train import trained
 from torch import nn
 
@@ -31,12 +31,14 @@ AT_ONCE = 16
 class Subject:
     """A float model of one seed. base: its row among the contenders, what losses are compared with.
 
-    measure: a model's loss on each held-out item, float64 [items].
+    measure: what a model loses on each held-out item, float64 [measures, items], the base itself 0 in
+    all but the first. measures: their names; expectations call the first by the subject's alone.
     """
 
     base: str
     calibration: Calibration
     measure: Callable[[nn.Module], np.ndarray]
+    measures: tuple[str, ...] = ("",)
     about: dict[str, Any] = field(default_factory=dict)
 
 
@@ -91,10 +93,12 @@ def _language(args: argparse.Namespace, seed: int, outliers: bool) -> Subject:
         add_outliers(model, FACTOR, SHARE, seed)
         difference = float((_logits(model, held_out) - wanted).abs().max())
         about = {"seed": seed, "largest_change_of_float_logits": difference}
+    reference = log_probabilities(model, held_out, AT_ONCE)
     return Subject(
         base=base,
         calibration=Calibration(model, tokens.to(where).split(AT_ONCE), but_the_head),
-        measure=lambda m: sequence_losses(m, held_out, AT_ONCE).numpy(),
+        measure=lambda m: sequence_losses(m, held_out, AT_ONCE, reference).numpy(),
+        measures=("", "divergence"),
         about=about,
     )
 
@@ -144,10 +148,11 @@ def sentences(args: argparse.Namespace, seed: int) -> Subject:
     def measure(candidate: nn.Module) -> np.ndarray:
         embedded = subject.embed(candidate(**inputs), inputs)
         cosine = F.cosine_similarity(embedded.double(), wanted.double())
-        return (1 - cosine).cpu().numpy()
+        return (1 - cosine).cpu().numpy()[None]
 
     about = {"seed": seed, "texts": BATCH, "calibration_texts": 2 * BATCH}
-    return Subject("float32", Calibration(model, batches, lambda scheme: scheme), measure, about)
+    calibration = Calibration(model, batches, lambda scheme: scheme)
+    return Subject("float32", calibration, measure, about=about)
 
 
 CANDIDATES = 200

@@ -138,15 +138,22 @@ class Certain(nn.Module):
 
 def test_the_perplexity_of_a_uniform_model_is_the_vocabulary(parts):
     tokens = torch.randint(256, (5, 9))
-    losses = parts.model.sequence_losses(Uniform(), tokens, batch=2)
+    reference = parts.model.log_probabilities(Uniform(), tokens, 3)
+    assert reference.shape == (5, 8, 256)
+    losses, divergence = parts.model.sequence_losses(Uniform(), tokens, 2, reference)
     assert losses.shape == (5,) and losses.dtype == torch.float64
     assert losses.exp() == pytest.approx(256, rel=1e-6)
+    assert divergence.tolist() == [0] * 5
 
 
 def test_losses_are_of_the_next_token_sequence_by_sequence(parts):
     right = torch.arange(9).expand(2, 9)
-    losses = parts.model.sequence_losses(Certain(), torch.cat([right, right.flip(1)]), batch=3)
+    tokens = torch.cat([right, right.flip(1)])
+    uniform = parts.model.log_probabilities(Uniform(), tokens, 4)
+    losses, divergence = parts.model.sequence_losses(Certain(), tokens, 3, uniform)
     assert losses[:2].max() < 1e-6 and losses[2:].min() > 99
+    # of 256 tokens that the uniform model deems alike, 255 are 100 nats away
+    assert divergence.numpy() == pytest.approx(100 * 255 / 256 - math.log(256), rel=1e-6)
 
 
 def test_the_model_reads_no_later_token_and_knows_positions(tiny):
@@ -272,6 +279,7 @@ def test_expectations_and_pairs_name_rows_that_exist(parts):
         assert len(names) == len(set(names))
         losses = {name: np.full((3, 4), 1.0 + i) for i, name in enumerate(names)}
         measured[subject] = parts.expectations.Losses(losses, "float32")
+    measured["plain divergence"] = measured["plain"]
     checked = [e.check(measured) for e in parts.expectations.EXPECTATIONS]
     assert {c["verdict"] for c in checked} <= {"met", "missed"}
     everything = {row.name for rows in parts.contenders.CONTENDERS.values() for row in rows}
@@ -329,7 +337,8 @@ def test_a_row_that_fails_is_reported_and_the_others_run(
         len(row["delta_by_seed"]) == 2 and row["interval"][0] <= row["delta"] <= row["interval"][1]
     )
     assert row["delta"] == pytest.approx(np.mean(row["delta_by_seed"])) and row["delta"] != 0
-    assert plain["rows"][0]["delta"] == 0
+    assert plain["rows"][0]["delta"] == plain["rows"][0]["divergence"] == 0
+    assert 0 < row["divergence_interval"][0] <= row["divergence"] <= row["divergence_interval"][1]
     printed = capsys.readouterr().out
     assert "int5wo failed: UnknownScheme" in printed and "not measured" in printed
     assert (tmp_path / "accuracy_cpu.md").read_text() in printed
