@@ -86,7 +86,7 @@ def convert(contender: Contender, data: Calibration) -> Callable[..., Any]:
     if contender.solver != "rtn":
         options["solver"] = contender.solver
     if contender.solver == "gptq":
-        options["batches"] = data.batches
+        options |= {"batches": data.batches, "progress": False}
     return fxquant.quantize(model, recipe, **options)
 
 
