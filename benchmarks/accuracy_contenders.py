@@ -15,9 +15,8 @@ import torch
 from torch import nn
 
 import fxquant
-from fxquant.observers import OBSERVERS
 
-KINDS = {"input": tuple(kind for kind in ("minmax", "channel", "sample") if kind in OBSERVERS)}
+KINDS = {"input": ("minmax", "channel", "sample")}
 """Static ranges, SmoothQuant, and the searches by output error."""
 
 BASES = {"float32": torch.float32, "bf16": torch.bfloat16}
@@ -229,7 +228,7 @@ def _smoothed(scheme: str, *alphas: Any, ranges: bool = False) -> list[Contender
 
 
 def _compiled(scheme: str, *alphas: Any) -> list[Contender]:
-    """Smoothing in a graph reaches also what no norm or linear before it can take up."""
+    """The one line on the float model, whose graph is rewritten and whose kernels run."""
     rows = []
     for alpha in alphas:
         name = f"{scheme} compiled" if alpha is False else f"{scheme} smooth {alpha} compiled"

@@ -182,8 +182,8 @@ EXPECTATIONS = (
         for name, least in (
             ("int8wo", 0.9993),
             ("int8dq", 0.9972),
-            ("int8dq smooth 0.6 compiled", 0.9989),
-            ("int8dq smooth auto compiled", 0.9990),
+            ("int8dq smooth 0.6", 0.9989),
+            ("int8dq smooth auto", 0.9990),
         )
     ),
 )

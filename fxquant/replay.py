@@ -147,7 +147,9 @@ class Replay:
             if node.op == "placeholder" or node in recording.names:
                 fixed = recording.fixed
                 value = fixed[node] if node in fixed else fetch(recording.gm, str(node.target))
-                if not isinstance(value, nn.Parameter):  # running statistics, a cache: the model's own
+                if not isinstance(
+                    value, nn.Parameter
+                ):  # running statistics, a cache: the model's own
                     value = value.clone()
                 self._known[node] = self._here(self.prepare(recording.names[node], value))
             elif node.op == "get_attr":
