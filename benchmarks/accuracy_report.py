@@ -18,10 +18,10 @@ mean of the seeds; the interval is a bootstrap (95 %) over held-out sequences of
 seeds: the smallest and largest of the seeds' own means. KL: the mean divergence of the base's
 predictions from the row's. Rounding may by luck help the loss, whose first derivative is not 0 on
 held-out text; it never helps the divergence, which therefore tells small losses apart. lm_head and the
-embedding stay float, as in the literature. Where no norm or linear can take up
-the inverse of a smoothing scale (o_proj; in MiniLM, whose norms feed the residual sum too, everything)
-layers divide their inputs; AWQ leaves such layers alone. "compiled" rows run the kernels, all others
-eagerly the reference arithmetic of their library. Outliers: 2 % of each norm's channels times 64, the columns that
+embedding stay float, as in the literature. Where no norm or linear can take up the inverse of
+a smoothing scale (o_proj; in MiniLM, whose norms feed the residual sum too, everything) layers divide
+their inputs; AWQ leaves such layers alone. "compiled" rows run the kernels, all others eagerly the
+reference arithmetic of their library. Outliers: 2 % of each norm's channels times 64, the columns that
 read them divided by 64; this enlarges activations and makes weights small, so that weight-only schemes
 suffer too, and SmoothQuant's scale (equation 4) is exactly what undoes it, for every alpha. MiniLM:
 cosine of the embeddings to float32's, calibrated on texts other than those measured; worst of texts and
