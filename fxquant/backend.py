@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from .capture import NAMES, from_dynamo, learn_names
+from .capture import NAMES, clean, from_dynamo, learn_names
 from .config import DEFAULT_SCHEME, Config
 from .dump import Dump
 from .errors import (
@@ -225,7 +225,8 @@ def linears_of(roots: Sequence[nn.Module]) -> list[Layer]:
     """Everything in the models that owns a two-dimensional weight, quantized or not, as layers."""
     found = []
     for root in roots:
-        for name, module in root.named_modules():
+        for full, module in root.named_modules():
+            name = clean(full)
             kind = f"{type(module).__module__}.{type(module).__qualname__}"
             shapes = {
                 f"{name}.{key}".lstrip(".").removesuffix(".weight"): tuple(weight.shape)

@@ -22,16 +22,20 @@ from tqdm import tqdm
 from .capture import NAMES, clean, from_dynamo
 from .config import DEFAULT_SCHEME
 from .errors import CaptureFailed, InvalidOption, NonFiniteStatistics, NothingObserved
-from .graph import Layer, layers
+from .graph import Layer, layers, parameters
 from .inductor import calling, compile_graph
 from .lifting import lift, sources_hash
 from .observers import Observer, collecting
 from .passes import normalize
 from .passes.observation import observers_at
 from .recipe import Recipe
+from .smoothing import Shown
 from .stats import KINDS, Stats
+from .weights import RESIDENTS
 
 log = logging.getLogger("fxquant.calibration")
+
+Learn = Callable[[Sequence[Any], Mapping[str, str]], None]
 
 
 def calibrate(
@@ -135,13 +139,27 @@ class Calibration:
             canonical = from_dynamo(gm, inputs)
         except CaptureFailed as error:
             log.warning("%s", error)
+            self.stats.structure.hide(_parameter_names(self.model, inputs).values())
             return gm.forward
         normalize(canonical)
-        self.stats.structure.learn(canonical)
+        learn = self._learner(canonical)
+        learn(inputs, {})
         if not observers_at(*self.stats.kinds)(canonical).modified:
             return gm.forward
         run = self._compiled(gm, canonical, inputs) if self.compiled else canonical.forward
-        return self._counting(run, canonical, inputs)
+        return self._counting(run, canonical, inputs, learn)
+
+    def _learner(self, gm: fx.GraphModule) -> Learn:
+        """Notes what ``gm``, as it is now, says about smoothing, under the names of its arguments."""
+        shown, names = Shown.of(gm), parameters(gm)
+        places = gm.graph.find_nodes(op="placeholder")
+
+        def learn(args: Sequence[Any], layers: Mapping[str, str]) -> None:
+            found = _parameter_names(self.model, args)
+            bound = {node: found[i] for i, node in enumerate(places) if i in found}
+            self.stats.structure.learn(shown, names | bound, layers)
+
+        return learn
 
     def _compiled(
         self, gm: fx.GraphModule, canonical: fx.GraphModule, inputs: list[Any]
@@ -159,7 +177,7 @@ class Calibration:
         return without_gradients
 
     def _counting(
-        self, run: Callable[..., Any], gm: fx.GraphModule, inputs: list[Any]
+        self, run: Callable[..., Any], gm: fx.GraphModule, inputs: list[Any], learn: Learn
     ) -> Callable[..., Any]:
         """``run``, whose values are counted under the names of the layers it is called with: Dynamo uses
         one graph for all blocks that look alike."""
@@ -172,12 +190,14 @@ class Calibration:
         }
 
         def counted(*args: Any) -> Any:
+            RESIDENTS.fill(args)
             actual = dict(known)
             if any(args[i] is not inputs[i] for i in weights.values()):
                 here = _names(self.model)
                 for layer, i in weights.items():
                     name = _likest(layer, here.get(id(args[i]), [layer]))
                     actual[layer] = replace(known[layer], name=name)
+                learn(args, {layer: found.name for layer, found in actual.items()})
 
             def collect(name: str, x: torch.Tensor) -> None:
                 layer, _, port = name.rpartition(":")
@@ -204,6 +224,13 @@ class Calibration:
             log.warning("no batch reached: %s", ", ".join(self.stats.missed))
 
 
+def _parameter_names(model: nn.Module, args: Sequence[Any]) -> dict[int, str]:
+    """By position, the names of those ``args`` that are parameters or buffers of ``model``."""
+    held = (*model.named_parameters(), *model.named_buffers())
+    known = {id(tensor): clean(name) for name, tensor in held}
+    return {i: known[id(x)] for i, x in enumerate(args) if id(x) in known}
+
+
 def _names(model: nn.Module) -> dict[int, list[str]]:
     """By identity, the layers that each parameter is the weight of (other parameters: their names)."""
     found: dict[int, list[str]] = {}
@@ -226,8 +253,8 @@ def _likest(layer: str, names: Sequence[str]) -> str:
 def _linears(model: nn.Module) -> list[Layer]:
     """The layers of a class that is a linear: ``nn.Linear`` and transformers' ``Conv1D``."""
     found = []
-    for name, module in model.named_modules():
-        weight = getattr(module, "weight", None)
+    for path, module in model.named_modules():
+        name, weight = clean(path), getattr(module, "weight", None)
         turned = type(module).__name__ == "Conv1D" and hasattr(module, "nf")
         if (isinstance(module, nn.Linear) or turned) and weight is not None and weight.dim() == 2:
             kind = f"{type(module).__module__}.{type(module).__qualname__}"

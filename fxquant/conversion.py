@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from .backend import linears_of
-from .calibration import Stats, arguments
+from .calibration import Stats, arguments, refuse_single
+from .capture import clean
 from .errors import (
     AlreadyQuantized,
     GroupSizeMismatch,
@@ -22,6 +23,7 @@ from .errors import (
 )
 from .graph import Layer
 from .modules import Qparams, QuantLinear
+from .observers import GramMatrix
 from .passes.equalization import alpha_of
 from .passes.quantization import FLOATS
 from .passes.static import check_ranges, ends_of
@@ -29,9 +31,13 @@ from .recipe import Recipe
 from .scheme import SCHEMES, Quantized, Scheme, get_scheme
 from .sequential import Target, solve_in_order
 from .smoothing import SEARCHES, Folds
-from .solvers import SOLVERS, Record, Solution, Solver, get_solver
+from .solvers import SOLVERS, Gram, Record, Solver, get_solver
+
+Coded = tuple[Quantized, Record | None]
+"""Codes of a weight, and what their solver noted."""
 
 
+@torch.no_grad()
 def quantize(
     model: nn.Module,
     recipe: Any,
@@ -63,15 +69,18 @@ def quantize(
     ``batches`` (as for ``calibrate``) layers are solved in the order of the graph, each on inputs that
     carry the error of those before, a segment at a time on ``device`` (where the model is); between
     segments the batches' values wait on the "cpu", on "disk" or on the "device" (``keep``). What is
-    solved is written to ``folder``, from which a run that was interrupted goes on.
+    solved is written to ``folder``, from which a run that was interrupted goes on. Without batches, a
+    solver that needs data takes statistics of the kind "gram": each layer is solved on the float model's
+    inputs. That serves models which are not one graph.
 
     Everything is checked before anything is changed, and nothing is before all is solved:
     UnknownScheme, InvalidRule, UnusedRule, GroupSizeMismatch, UnsupportedDtype, NonFiniteWeight,
-    AlreadyQuantized, NothingQuantized, InvalidOption, NoCalibrationData, and those of
+    AlreadyQuantized, NothingQuantized, InvalidOption, NoCalibrationData, UncalibratedInput, and those of
     ``sequential.solve_in_order``.
     """
+    given, model = model, getattr(model, "_orig_mod", model)
     rules, solver = Recipe.of(recipe), None if solver is None else get_solver(solver)
-    _check_options(stats, smooth, solver, batches)
+    _check_options(stats, smooth, solver, batches, {"device": device, "folder": folder})
     check_ranges(ranges)
     plan = planned(model, rules)
     rules.check_used(linears_of([model]))
@@ -85,18 +94,22 @@ def quantize(
     folds = Folds()
     if stats is not None and smooth is not False:
         schemes = {name: scheme for name, (_, scheme) in plan.items()}
+        if isinstance(smooth, Mapping) and (unknown := [n for n in smooth if n not in schemes]):
+            expected = "names of layers that are quantized"
+            raise InvalidOption(name="smooth", value=unknown[0], expected=expected)
         folds = stats.structure.folds(model, stats, 0.5 if smooth is None else smooth, schemes)
     known: dict[Any, Qparams] = {}
     targets = {
         name: Target(
             _folded_weight(name, module, folds),
             scheme,
+            _parameter(module).device,
             folds.divisors.get(name),
             _qparams(name, module, scheme, folds, stats, ranges, known) if scheme.static else None,
         )
-        for name, (module, scheme) in plan.items()
+        for name, (module, scheme) in _once(plan).items()
     }
-    solved: Mapping[str, Solution] = {}
+    solved: Mapping[str, Coded] = {}
     if batches is not None:
         assert solver is not None
         solved = solve_in_order(
@@ -110,13 +123,35 @@ def quantize(
             folder=None if folder is None else Path(folder),
             progress=progress,
         )
-    _convert(model, plan, targets, solver, solved)
+    elif solver is not None and solver.needs_data:
+        assert stats is not None
+        grams = {name: _gram(name, stats, folds) for name in targets}
+        solved = {
+            name: solver(target.weight(), target.scheme.weight, grams[name], layer=name)
+            for name, target in targets.items()
+        }
+    else:
+        solved = _solved(plan, targets, solver)
+    _convert(model, plan, targets, solved)
     folds.apply(model)
-    return model
+    return given
 
 
-def _check_options(stats: Any, smooth: Any, solver: Solver | None, batches: Any) -> None:
-    if smooth not in (None, False) and stats is None:
+def _once(plan: Mapping[str, tuple[nn.Module, Scheme]]) -> dict[str, tuple[nn.Module, Scheme]]:
+    """``plan`` without the further names of a module."""
+    first = {id(module): name for name, (module, _) in [*plan.items()][::-1]}
+    return {name: found for name, found in plan.items() if first[id(found[0])] == name}
+
+
+def _check_options(
+    stats: Any, smooth: Any, solver: Solver | None, batches: Any, running: Mapping[str, Any]
+) -> None:
+    if batches is not None:
+        refuse_single(batches)
+    elif idle := [name for name, value in running.items() if value is not None]:
+        value, expected = running[idle[0]], "nothing, without batches to run"
+        raise InvalidOption(name=idle[0], value=value, expected=expected)
+    if smooth is not None and smooth is not False and stats is None:
         expected = "stats beside it, as fxquant.calibrate returns them"
         raise InvalidOption(name="smooth", value=smooth, expected=expected)
     if isinstance(smooth, str):
@@ -129,8 +164,12 @@ def _check_options(stats: Any, smooth: Any, solver: Solver | None, batches: Any)
     if batches is not None and solver is None:
         expected = f"one of {', '.join(SOLVERS)}, beside batches"
         raise InvalidOption(name="solver", value=None, expected=expected)
-    if solver is not None and solver.needs_data and batches is None:
-        expected = f"what {solver.name} works on: an iterable of batches, as for fxquant.calibrate"
+    grams = stats is not None and "gram" in stats.kinds.get("input", ())
+    if solver is not None and solver.needs_data and batches is None and not grams:
+        expected = (
+            f"what {solver.name} works on: an iterable of batches, as for fxquant.calibrate, or "
+            'stats of kinds={"input": ("channel", "gram")}'
+        )
         raise InvalidOption(name="batches", value=None, expected=expected)
 
 
@@ -155,11 +194,12 @@ def _qparams(
     same tensors, by which a compiled graph sees that it has to quantize that value once."""
     weight, spec, smoothing = weight_of(module), scheme.input, folds.scales.get(name)
     assert spec is not None
-    names = (name,) if stats is None else tuple(stats.structure.beside(name))
-    key = (names, scheme.name, id(smoothing))
+    names = (name,) if stats is None else stats.structure.beside(name)
+    key = (names, scheme.name, id(smoothing), weight.device)
     if key not in known:
-        if weight.is_meta:
-            ends: torch.Tensor | None = torch.zeros(2, 1)
+        ends: torch.Tensor | None = torch.zeros(2, 1)
+        if weight.is_meta:  # the checkpoint will bring them
+            smoothing = None
         else:
             channels = weight.shape[1]
             ends = ends_of(stats or {}, names, channels, spec, ranges, smoothing is not None)
@@ -173,41 +213,67 @@ def _qparams(
     return known[key]
 
 
+def _gram(name: str, stats: Stats, folds: Folds) -> Gram | None:
+    """Of a layer's inputs as they are once smoothed; None without statistics."""
+    observer = stats.get(f"{name}:input", {}).get("gram")
+    if not isinstance(observer, GramMatrix) or not observer.batches:
+        return None
+    fields = dict(zip(("hessian", "abs_sum", "abs_max"), observer.state(), strict=True))
+    gram = Gram.from_state_dict({**fields, "tokens": torch.tensor(observer.tokens)}, name)
+    scale = folds.scales.get(name)
+    return gram if scale is None else gram.divided(scale)
+
+
 def _convert(
     model: nn.Module,
     plan: Mapping[str, tuple[nn.Module, Scheme]],
     targets: Mapping[str, Target],
-    solver: Solver | None,
-    solved: Mapping[str, Solution],
+    solved: Mapping[str, Coded],
 ) -> None:
-    """Put QuantLinears in the places of linears. Tied weights get the same codes."""
-    shared: dict[tuple[int, str], tuple[Quantized, Record | None]] = {}
+    """Put QuantLinears in the places of linears. Tied weights get the same codes, a module with several
+    names stays one."""
+    shared: dict[tuple[int, str], Coded] = {}
+    made: dict[int, QuantLinear] = {}
     for name, (module, scheme) in plan.items():
-        target, weight = targets[name], _parameter(module)
-        key = (id(weight), scheme.name)
-        if key not in shared:
-            shared[key] = solved.get(name) or _codes(name, target, solver)
-        codes, record = shared[key]
-        new = QuantLinear(
-            scheme.name,
-            codes.to(weight.device),
-            module.bias,  # type: ignore[arg-type]
-            weight_of(module).shape[1],
-            smoothing=target.smoothing,
-            qparams=target.qparams,
-        )
-        new.record = record
-        new.train(module.training)
+        if id(module) not in made:
+            codes = shared.setdefault((id(_parameter(module)), scheme.name), solved[name])
+            made[id(module)] = _quantized(module, targets[name], *codes)
         parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, new)
+        setattr(model.get_submodule(parent), child, made[id(module)])
 
 
-@torch.no_grad()
-def _codes(name: str, target: Target, solver: Solver | None) -> tuple[Quantized, Record | None]:
-    weight, spec = target.weight(), target.scheme.weight
-    if solver is None or weight.is_meta:
-        return spec.quantize_weight(weight), None
-    return solver(weight, spec, layer=name)
+def _quantized(module: nn.Module, target: Target, codes: Quantized, record: Any) -> QuantLinear:
+    smoothing = None if target.smoothing is None else target.smoothing.to(target.home)
+    new = QuantLinear(
+        target.scheme.name,
+        codes,
+        module.bias,  # type: ignore[arg-type]
+        weight_of(module).shape[1],
+        smoothing=smoothing,
+        qparams=target.qparams,
+    )
+    new.record = record
+    return new.train(module.training)
+
+
+def _solved(
+    plan: Mapping[str, tuple[nn.Module, Scheme]],
+    targets: Mapping[str, Target],
+    solver: Solver | None,
+) -> dict[str, Coded]:
+    """Without data, each weight once."""
+    shared: dict[tuple[int, str], Coded] = {}
+    found: dict[str, Coded] = {}
+    for name, target in targets.items():
+        key = (id(_parameter(plan[name][0])), target.scheme.name)
+        if key not in shared:
+            weight, spec = target.weight(), target.scheme.weight
+            plain = solver is None or weight.is_meta
+            shared[key] = (
+                (spec.quantize_weight(weight), None) if plain else solver(weight, spec, layer=name)  # type: ignore[misc]
+            )
+        found[name] = shared[key]
+    return found
 
 
 def _device(model: nn.Module) -> torch.device:
@@ -235,7 +301,8 @@ def _is_linear(module: nn.Module) -> bool:
 def planned(model: nn.Module, rules: Recipe) -> dict[str, tuple[nn.Module, Scheme]]:
     """The linears that get a scheme, by name."""
     found: dict[str, tuple[nn.Module, Scheme]] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
+    for path, module in model.named_modules(remove_duplicate=False):
+        name = clean(path)
         if isinstance(module, QuantLinear):
             layer = _layer(name, module, module.out_features, module.in_features)
             rule = rules.rule_for(layer)

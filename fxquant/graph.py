@@ -275,10 +275,10 @@ def writes(node: fx.Node) -> list[fx.Node]:
 def memory_of(node: fx.Node) -> set[fx.Node]:
     """``node`` and everything that it is a view of, or an in-place result of."""
     found = {node}
-    while isinstance(node.target, torch._ops.OpOverload):
-        if not (node.target.is_view or node.target._schema.is_mutable):
-            break
-        if not isinstance(node.args[0], fx.Node):
+    while node.target is operator.getitem or isinstance(node.target, torch._ops.OpOverload):
+        # a part of a split is what getitem picks from it
+        view = node.target is operator.getitem or node.target.is_view
+        if not (view or node.target._schema.is_mutable) or not isinstance(node.args[0], fx.Node):
             break
         node = node.args[0]
         found.add(node)

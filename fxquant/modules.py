@@ -87,11 +87,11 @@ class QuantLinear(nn.Module):
         weight = linear.weight.detach()  # type: ignore[union-attr, operator]
         return cls(row.name, row.weight.quantize_weight(weight), linear.bias, weight.shape[1])  # type: ignore
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """``nn.Linear.forward``, its argument's name included."""
         if not torch.compiler.is_compiling():
             self._restore()
-        if self.smoothing is not None:
-            x = smoothed(x, self.smoothing)
+        x = input if self.smoothing is None else smoothed(input, self.smoothing)
         weight = (self._codes, self._scale, self._zero, self.bias, self.scheme, "")
         if self.input_scale is None:
             return torch.ops.fxquant.linear(x, *weight)
@@ -114,9 +114,11 @@ class QuantLinear(nn.Module):
 
     @property
     def weight(self) -> torch.Tensor:
-        """The dequantized weight [N, K] in the bias's dtype, or float32; computed at each read."""
+        """The dequantized weight [N, K] in the bias's dtype, or float32; computed at each read. It is the
+        one for inputs as they come: what reads it (``nn.MultiheadAttention`` does) does not smooth them."""
         dtype = torch.float32 if self.bias is None else self.bias.dtype
-        return self.row.weight.dequantize(self.canonical(), dtype)
+        weight = self.row.weight.dequantize(self.canonical(), dtype)
+        return weight if self.smoothing is None else smoothed(weight, self.smoothing)
 
     @property
     def row(self) -> Scheme:
@@ -168,20 +170,28 @@ class QuantLinear(nn.Module):
     ):
         """Own copies of the tensors are kept, with ``assign`` too: their memory may be given up.
 
-        Whether inputs are smoothed is the checkpoint's to say, so ``smoothing`` comes and goes with it.
+        Whether inputs are smoothed belongs to the codes, so ``smoothing`` comes and goes with them.
         """
         self._restore()
         assign = bool(local_metadata.get("assign_to_params_buffers"))
-        for name, shape in {
+        for name, size in {
             "smoothing": self.in_features,
             "input_scale": 1,
             "input_zero": 1,
         }.items():
-            found: list[str] = []
-            self._load_input(
-                name, shape, state_dict.get(prefix + name), prefix, assign, found, errors
-            )
-            missing.extend(found if strict else [])
+            given, held = state_dict.get(prefix + name), self._buffers[name]
+            if given is not None and given.shape != (size,):
+                found, expected = list(given.shape), [size]
+                mismatch = ShapeMismatch(what=prefix + name, found=found, expected=expected)
+                errors.append(str(mismatch))
+            elif given is not None and (held is not None or name == "smoothing"):
+                # a tensor of its own: q, k and v may have shared the one before
+                device = None if self._codes.is_meta else self._codes.device
+                self._buffers[name] = given.detach().to(device, copy=True)
+            elif given is None and name == "smoothing" and prefix + "codes" in state_dict:
+                self._buffers[name] = None
+            elif given is None and name != "smoothing" and held is not None and strict:
+                missing.append(prefix + name)
         for name, tensor in zip(CANONICAL, self._tensors(), strict=True):
             if tensor is None:
                 continue
@@ -215,34 +225,6 @@ class QuantLinear(nn.Module):
             known = {prefix + n for n in (*CANONICAL, *held, "bias")}
             unexpected.extend(k for k in state_dict if k.startswith(prefix) and k not in known)
         self._watch()
-
-    def _load_input(
-        self,
-        name: str,
-        size: int,
-        given: torch.Tensor | None,
-        prefix: str,
-        assign: bool,
-        missing: list[str],
-        errors: list[str],
-    ) -> None:
-        """Take over one of INPUT, [size], from a checkpoint that has it as ``given``."""
-        held = self._buffers[name]
-        if given is None:
-            if name == "smoothing":
-                self._buffers[name] = None
-            elif held is not None:
-                missing.append(prefix + name)
-        elif given.shape != (size,):
-            found, expected = list(given.shape), [size]
-            errors.append(str(ShapeMismatch(what=prefix + name, found=found, expected=expected)))
-        elif held is None and name != "smoothing":
-            return  # unexpected: the scheme has no place for it
-        elif held is None or held.is_meta or assign:
-            device = None if self._codes.is_meta else self._codes.device
-            self._buffers[name] = given.detach().to(device, copy=True)
-        else:
-            held.copy_(given)
 
     def __getstate__(self) -> dict[str, Any]:
         self._restore()

@@ -13,11 +13,16 @@ from torch.fx.node import map_arg
 
 from .capture import NAMES, from_dynamo
 from .errors import CaptureFailed, FxQuantError
-from .graph import constants, fetch, parameters
+from .graph import constants, fetch, parameters, written
 from .inductor import DynamoError, Regions, calling, tree_flatten, tree_map, tree_unflatten
 from .passes import normalize
+from .weights import RESIDENTS
 
 Values = dict[fx.Node, Any]
+
+
+def _is_tensor(x: Any) -> bool:
+    return isinstance(x, torch.Tensor)
 
 
 class Recording:
@@ -30,6 +35,7 @@ class Recording:
         self.gm = gm
         self.names = parameters(gm)
         self.constant = constants(gm)
+        self.changed = written(gm)
         self.inputs = gm.graph.find_nodes(op="placeholder")
         self.fixed: Values = {}
 
@@ -62,8 +68,10 @@ def record(
         def call(*args: Any) -> Any:
             given = dict(zip(recording.inputs, args, strict=True))
             recording.fixed = {n: x for n, x in given.items() if n in recording.names}
+            RESIDENTS.fill(recording.fixed.values())
             rest = {n: x for n, x in given.items() if n not in recording.names}
-            found.append((recording, rest))
+            # a loader may fill one tensor again and again
+            found.append((recording, tree_map(lambda x: x.clone() if _is_tensor(x) else x, rest)))
             raise _Recorded
 
         return call
@@ -79,7 +87,8 @@ def record(
                 inner = getattr(error, "inner_exception", None)
                 if isinstance(inner, FxQuantError):
                     raise inner from error
-                raise CaptureFailed(reason=f"it is not one graph: {error}") from error
+                reason = f'it is not one graph (statistics of the kind "gram" solve without one): {error}'
+                raise CaptureFailed(reason=reason) from error
             else:
                 raise CaptureFailed(reason="TorchDynamo finds nothing to capture in it")
 
@@ -114,7 +123,13 @@ class Replay:
         self, nodes: Sequence[fx.Node], given: Values, wanted: Sequence[fx.Node] = ()
     ) -> Values:
         """Compute ``nodes`` from the values ``given``; the values of ``wanted`` among both."""
-        values = {node: self._here(x) for node, x in given.items()}
+        changed = self.recording.changed
+        values = {
+            node: self._here(x).clone() if node in changed and _is_tensor(x) else self._here(x)
+            for node, x in given.items()
+        }
+        for node in changed:
+            self._known.pop(node, None)  # every call begins with what the model holds
         last = {source: i for i, node in enumerate(nodes) for source in node.all_input_nodes}
         kept, regions = set(wanted), Regions()
         for i, node in enumerate(nodes):
@@ -147,11 +162,10 @@ class Replay:
             if node.op == "placeholder" or node in recording.names:
                 fixed = recording.fixed
                 value = fixed[node] if node in fixed else fetch(recording.gm, str(node.target))
-                if not isinstance(
-                    value, nn.Parameter
-                ):  # running statistics, a cache: the model's own
-                    value = value.clone()
-                self._known[node] = self._here(self.prepare(recording.names[node], value))
+                # running statistics, a cache: what is written to is the model's own
+                own = node in recording.changed or not isinstance(value, nn.Parameter)
+                value = self._here(self.prepare(recording.names[node], value))
+                self._known[node] = value.clone() if own else value
             elif node.op == "get_attr":
                 self._known[node] = fetch(recording.gm, str(node.target))
             else:
@@ -169,9 +183,7 @@ class Replay:
         return node.target(*args, **kwargs)  # type: ignore[operator]
 
     def _here(self, value: Any) -> Any:
-        return tree_map(
-            lambda x: x.detach().to(self.device) if isinstance(x, torch.Tensor) else x, value
-        )
+        return tree_map(lambda x: x.detach().to(self.device) if _is_tensor(x) else x, value)
 
 
 class Waiting:

@@ -57,8 +57,11 @@ def segments_of(
     steps = steps[: place[stages[-1][-1]] + 1]
     inputs = set(gm.graph.find_nodes(op="placeholder")) - set(parameters(gm))
     live = list(_live(steps, inputs))
-    later = _written_later(steps)
-    costs = [_cost(values, written) for values, written in zip(live, later, strict=True)]
+    later, bound = _written_later(steps), _bound_by_state(steps, parameters(gm))
+    costs = [
+        math.inf if position in bound else _cost(values, written)
+        for position, (values, written) in enumerate(zip(live, later, strict=True))
+    ]
     gaps = []
     for before, after in pairwise(stages):
         between = range(place[before[-1]] + 1, place[after[0]] + 1)
@@ -124,6 +127,21 @@ def _written_later(steps: Sequence[fx.Node]) -> list[frozenset[fx.Node]]:
         now = now.union(*(memory_of(base) for base in writes(node)))
         found.append(now)
     return found[::-1]
+
+
+def _bound_by_state(steps: Sequence[fx.Node], state: Collection[fx.Node]) -> set[int]:
+    """Positions between a write to a parameter or buffer and a later read of it: what a call leaves
+    there does not go on to the next segment."""
+    first: dict[fx.Node, int] = {}
+    last: dict[fx.Node, int] = {}
+    for i, node in enumerate(steps):
+        for source in node.all_input_nodes:
+            last |= dict.fromkeys((m for m in memory_of(source) if m in state), i)
+        for base in writes(node):
+            for m in memory_of(base):
+                if m in state:
+                    first.setdefault(m, i)
+    return {p for m, i in first.items() for p in range(i + 1, last[m] + 1)}
 
 
 def _cost(live: Sequence[fx.Node], written: frozenset[fx.Node]) -> float:

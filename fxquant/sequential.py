@@ -7,6 +7,7 @@ the CPU or on disk; only one segment's weights and Hessians are on the device.
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 from tqdm import tqdm
 
+from .capture import clean
 from .errors import CaptureFailed, InvalidOption, NoCalibrationData, NothingObserved
 from .graph import layer_of, memory_of, writes
 from .inductor import Regions
@@ -29,6 +31,7 @@ from .scheme import Scheme
 from .segments import Segment, segments_of
 from .solvers import Gram, Solution, Solver
 from .unfinished import Unfinished, fingerprint
+from .weights import RESIDENTS
 
 log = logging.getLogger("fxquant.sequential")
 
@@ -40,11 +43,12 @@ Call = tuple[Sequence[Any], Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class Target:
-    """A linear to solve. weight: makes it, [N, K] in float, with whatever is folded into it. smoothing
-    and qparams: what its QuantLinear will hold of its inputs."""
+    """A linear to solve. weight: makes it, [N, K] in float, with whatever is folded into it; home: where
+    its codes will lie. smoothing and qparams: what its QuantLinear will hold of its inputs."""
 
     weight: Callable[[], torch.Tensor]
     scheme: Scheme
+    home: torch.device
     smoothing: torch.Tensor | None = None
     qparams: tuple[torch.Tensor, torch.Tensor | None] | None = None
 
@@ -82,7 +86,7 @@ def solve_in_order(
             raise NothingObserved(reason="there was no batch")
         run = _Run(graphs, waiting, targets, solver, prepare, device)
         known = Unfinished(
-            folder, lambda: _fingerprint(model, targets, solver, waiting, len(graphs))
+            folder, lambda: _fingerprint(model, targets, solver, prepare, graphs, waiting)
         )
         with tqdm(total=len(targets), desc="solve", unit="layer", disable=not progress) as bar:
             for index in range(run.count):
@@ -106,12 +110,23 @@ def _waiting(keep: str, device: torch.device) -> Iterator[Waiting]:
 
 
 def _fingerprint(
-    model: nn.Module, targets: Mapping[str, Target], solver: Solver, waiting: Waiting, calls: int
+    model: nn.Module,
+    targets: Mapping[str, Target],
+    solver: Solver,
+    prepare: Callable[[str, torch.Tensor], torch.Tensor],
+    graphs: Sequence[Recording],
+    waiting: Waiting,
 ) -> str:
-    held = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    """Of all that the solutions depend on: the weights as they are folded, what the graphs compute (a
+    number in a batch is part of its graph), and the inputs."""
+    RESIDENTS.fill(model.buffers())
+    held = (*model.named_parameters(), *model.named_buffers())
+    weights = ((clean(name), prepare(clean(name), x.detach())) for name, x in held)
     plan = [(n, t.scheme.name, t.smoothing, t.qparams) for n, t in targets.items()]
-    inputs = [list(waiting.get(i).values()) for i in range(calls)]
-    return fingerprint(list(held.items()), plan, solver.name, list(solver.options.items()), inputs)
+    code = {graph: graph.gm.code for graph in dict.fromkeys(graphs)}
+    calls = ((code[graph], list(waiting.get(i).values())) for i, graph in enumerate(graphs))
+    settings = (solver.name, list(solver.options.items()))
+    return fingerprint(itertools.chain(weights, plan, settings, calls))
 
 
 class _Run:
@@ -156,6 +171,8 @@ class _Run:
             for name in list(grams):
                 bar.set_postfix_str(name)
                 solution = self._solution(name, grams.pop(name))
+                home = self.targets[name].home
+                solution = solution._replace(quantized=solution.quantized.to(home))
                 found[name] = self.solved[name] = solution
                 log.info("%s: %.3g of the outputs' energy, %.0f %% less than rtn", name,
                          solution.record.relative, 100 * solution.record.gain)  # fmt: skip
@@ -209,9 +226,8 @@ class _Run:
             return compute()
         target = self.targets[name]
         if name not in self._weights:
-            codes = self.solved[name].quantized
-            weight = target.scheme.weight.dequantize(codes, x.dtype)
-            self._weights[name] = weight.to(self.device)
+            codes = self.solved[name].quantized.to(self.device)
+            self._weights[name] = target.scheme.weight.dequantize(codes, x.dtype)
         x = quantized_input(x, target.scheme, target.smoothing, target.qparams)
         return F.linear(x, self._weights[name], bias)
 
@@ -236,10 +252,12 @@ def _alike(
 def _ahead(segment: Segment, stage: Sequence[fx.Node]) -> list[fx.Node]:
     """What has to be computed for the inputs of the ``stage``'s linears."""
     needed: set[fx.Node] = {n.args[0] for n in stage}  # type: ignore[misc]
+    memory = {m for n in needed for m in memory_of(n)}
     found = []
     for node in reversed(segment.nodes[: segment.nodes.index(stage[-1])]):
         written = {base for w in writes(node) for base in memory_of(w)}
-        if node in needed or written & needed or Regions.marks(node):
+        if node in needed or written & memory or Regions.marks(node):
             found.append(node)
             needed.update(node.all_input_nodes)
+            memory.update(m for n in node.all_input_nodes for m in memory_of(n))
     return found[::-1]

@@ -9,17 +9,18 @@ from __future__ import annotations
 
 import logging
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import fx, nn
 
+from .capture import clean
 from .errors import InvalidOption
 from .graph import parameters
 from .inductor import storage_of
-from .passes.equalization import Group, alpha_of, groups_of, largest_inputs, smoothing_scale
+from .passes.equalization import alpha_of, groups_of, largest_inputs, smoothing_scale
 from .scheme import Scheme
 from .solvers import Gram, search_scales
 from .solvers.smoothquant import least_error
@@ -75,18 +76,51 @@ class Folds:
     @torch.no_grad()
     def apply(self, model: nn.Module) -> None:
         """Write the factors into the parameters that ``model`` still has."""
-        for name, tensor in model.named_parameters():
-            if name in self.factors:
+        for path, tensor in model.named_parameters():
+            if (name := clean(path)) in self.factors:
                 tensor.copy_(self.of(name, tensor))
+
+
+@dataclass(frozen=True)
+class Shown:
+    """What one graph says about smoothing, by its own nodes: Dynamo may use it for the parameters of
+    other blocks too.
+
+    groups: the layers of each, with the places to multiply and to divide, a node and a dimension each; none
+    where the graph does not show a parameter as it is. uses: by parameter, each use of it: the groups
+    that it is one for, none where it is anything else. (up's weight is multiplied for gate and up, divided
+    for down.)
+    """
+
+    groups: list[tuple[list[str], list[tuple[fx.Node, int]], list[tuple[fx.Node, int]]]]
+    uses: dict[fx.Node, list[list[int]]]
+
+    @staticmethod
+    def of(gm: fx.GraphModule) -> Shown:
+        """What ``gm``, at the float stage, shows."""
+        names, members, found = parameters(gm), defaultdict(list), []
+        for i, group in enumerate(groups_of(gm)):
+            linears = [_place(node.args[1], 1, names) for node in group.linears]
+            absorbs = [_place(node.args[k], 0, names) for node, k in group.absorbs]
+            weights = [] if None in linears else list(dict.fromkeys(linears))
+            found.append((group.names, weights, absorbs if weights and None not in absorbs else []))
+            for place in (*((node, 1) for node in group.linears), *group.absorbs):
+                members[place].append(i)
+        uses: dict[fx.Node, list[list[int]]] = {node: [] for node in names}
+        for node in names:
+            for user in node.users:
+                readers = user.users if user.target in STORED else [user]
+                source = user if user.target in STORED else node
+                uses[node] += [use for r in readers for use in _uses(members, source, r)]
+        return Shown(found, uses)  # type: ignore[arg-type]
 
 
 @dataclass
 class Structure:
     """What the graphs of a model say about smoothing: JSON through and through.
 
-    groups: by the names of its linears, the parameters to multiply and those to divide, none where the
-    graph does not show them as they are. uses: by parameter, each use of it: the groups that it is one
-    for, none where it is anything else. (up's weight is multiplied for gate and up, divided for down.)
+    groups: by the names of its layers, one a line, the parameters to multiply and those to divide. uses:
+    by parameter, each use of it: the groups that it is one for. See Shown.
     """
 
     groups: dict[str, tuple[list[Place], list[Place]]] = field(default_factory=dict)
@@ -98,31 +132,34 @@ class Structure:
         found = {k: [[(n, d) for n, d in part] for part in parts] for k, parts in groups.items()}
         return Structure({k: (a, b) for k, (a, b) in found.items()}, uses)
 
-    def learn(self, gm: fx.GraphModule) -> None:
-        """Add what a graph at the float stage shows."""
-        names, members = parameters(gm), defaultdict(list)
-        for group in groups_of(gm):
-            key = ", ".join(group.names)
-            self._agree(key, _places(group, names))
-            for place in (*((node, 1) for node in group.linears), *group.absorbs):
-                members[place].append(key)
-        for node, name in names.items():
-            used = self.uses.setdefault(name, [])
-            for user in node.users:
-                readers = user.users if user.target in STORED else [user]
-                source = user if user.target in STORED else node
-                for reader in readers:
-                    for use in _uses(members, source, reader):
-                        if use not in used:
-                            used.append(use)
+    def learn(
+        self, shown: Shown, names: Mapping[fx.Node, str], layers: Mapping[str, str] | None = None
+    ) -> None:
+        """Add what a graph shows. names: of the parameters behind its nodes, in the model; layers: of its
+        layers, where they have others than in the graph."""
+        layers, keys = layers or {}, []
+        for members, *sides in shown.groups:
+            keys.append("\n".join(dict.fromkeys(layers.get(name, name) for name in members)))
+            weights, absorbs = ([(names[node], d) for node, d in side] for side in sides)
+            self._agree(keys[-1], (weights, absorbs))
+        for node, uses in shown.uses.items():
+            self._used(names[node], [[keys[i] for i in use] for use in uses])
+
+    def hide(self, names: Iterable[str]) -> None:
+        """Note that these parameters are used where no graph shows how."""
+        for name in names:
+            self._used(name, [[]])
+
+    def _used(self, name: str, uses: list[list[str]]) -> None:
+        mine = self.uses.setdefault(name, [])
+        mine += [use for i, use in enumerate(uses) if use not in mine and use not in uses[:i]]
 
     def merge(self, other: Structure) -> None:
         """Add what another process has seen."""
         for key, found in other.groups.items():
             self._agree(key, found)
         for name, uses in other.uses.items():
-            mine = self.uses.setdefault(name, [])
-            mine += [use for use in uses if use not in mine]
+            self._used(name, uses)
 
     def _agree(self, key: str, found: tuple[list[Place], list[Place]]) -> None:
         """Where two graphs disagree nothing is foldable."""
@@ -137,7 +174,7 @@ class Structure:
         as it is. Raises what ``folds`` raises."""
         found: dict[str, float | None] = {}
         for key, weights in self._weights(tensors, _quantizing(schemes)):
-            names = key.split(", ")
+            names = key.split("\n")
             largest = largest_inputs(stats, names, next(iter(weights.values())).shape[1])
             if largest is not None:
                 found[names[0]] = _alpha(names, weights, largest, stats, schemes)
@@ -155,31 +192,37 @@ class Structure:
         Raises InvalidOption (also for statistics without samples, where they are needed) and
         ShapeMismatch.
         """
-        tensors = dict(model.named_parameters(remove_duplicate=False))
-        storages = Counter(storage_of(t) for t in [*tensors.values(), *model.buffers()])
+        tensors = {clean(n): t for n, t in model.named_parameters(remove_duplicate=False)}
+        storages = Counter(map(storage_of, {*tensors.values(), *model.buffers()}))
         wanted = schemes if smooth == "awq" else _quantizing(schemes)
-        covered = {name for key in self.groups for name in key.split(", ")}
+        covered = {name for key in self.groups for name in key.split("\n")}
         if unknown := sorted(set(wanted) - covered):
             log.warning("not smoothed: in no graph that calibration saw: %s", ", ".join(unknown))
+        hidden = {n: t for n, t in tensors.items() if t.dim() == 2 and n not in self.uses}
         found = Folds()
         for key, weights in self._weights(tensors, wanted):
-            names, (places, absorbs) = key.split(", "), self.groups[key]
-            largest = largest_inputs(stats, names, next(iter(weights.values())).shape[1])
+            names, (places, absorbs) = key.split("\n"), self.groups[key]
+            said, width = ", ".join(names), next(iter(weights.values())).shape[1]
+            largest = largest_inputs(stats, names, width)
             reason = self._obstacle(key, places, tensors, storages)
             loose = self._obstacle(key, absorbs, tensors, storages)
             loose = loose or ("" if absorbs else "nothing before it can take up the scale")
+            if not loose and (
+                reader := next((n for n, t in hidden.items() if width in t.shape), "")
+            ):
+                loose = f"{reader}, in no graph that calibration saw, may read the same values"
             if largest is None:
                 reason = reason or "no statistics"
             elif smooth == "awq":  # a division at run time would cost what the format gains
                 reason = reason or loose
             if reason or largest is None:
-                log.warning("not smoothed: %s: %s", key, reason)
+                log.warning("not smoothed: %s: %s", said, reason)
                 continue
             scale = _scale(smooth, names, weights, largest, stats, schemes)
             if scale is None:
-                log.info("not smoothed: %s: its outputs err least as it is", key)
+                log.info("not smoothed: %s: its outputs err least as it is", said)
             elif loose:
-                log.info("%s: %s: its layers divide their inputs", key, loose)
+                log.info("%s: %s: its layers divide their inputs", said, loose)
                 own = {name: scale for name in names if name in wanted}
                 found.divisors |= own
                 found.scales |= own
@@ -190,22 +233,31 @@ class Structure:
                 found.multiply(absorbs, scale.reciprocal())
         return found
 
-    def beside(self, layer: str) -> list[str]:
+    def beside(self, layer: str) -> tuple[str, ...]:
         """The layers that read what ``layer`` reads, itself among them."""
-        keys = (key.split(", ") for key in self.groups)
-        return next((names for names in keys if layer in names), [layer])
+        keys = (key.split("\n") for key in self.groups)
+        return tuple(next((names for names in keys if layer in names), [layer]))
 
     def _weights(
         self, tensors: Mapping[str, torch.Tensor], wanted: Schemes
     ) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
         """The groups that have a wanted layer, with the weight [N, K] of each layer."""
         for key, (places, _) in self.groups.items():
-            known = bool(places) and all(name in tensors for name, _ in places)
-            if known and set(key.split(", ")) & set(wanted):
-                views = {
-                    _layer(p): tensors[p[0]] if p[1] == 1 else tensors[p[0]].t() for p in places
-                }
-                yield key, views
+            if not set(names := key.split("\n")) & set(wanted):
+                continue
+            missing = [name for name, _ in places if name not in tensors]
+            if missing:
+                expected = (
+                    f"of the model as it is: {missing[0]} is none of its parameters (any more)"
+                )
+                raise InvalidOption(name="stats", value="statistics", expected=expected)
+            if places:
+                stored = {_layer((name, at)): (tensors[name], at) for name, at in places}
+                yield key, {name: w if at == 1 else w.t() for name, (w, at) in stored.items()}
+            else:
+                log.warning(
+                    "not smoothed: %s: no graph shows its weights as they are", ", ".join(names)
+                )
 
     def _obstacle(
         self,
@@ -215,8 +267,6 @@ class Structure:
         storages: Counter[int],
     ) -> str:
         for name, _ in places:
-            if name not in tensors:
-                return f"{name} is not a parameter of this model"
             if not all(key in use for use in self.uses.get(name, [[]])):
                 return f"{name} is used elsewhere too"
             if storages[storage_of(tensors[name])] > 1:
@@ -234,25 +284,18 @@ def _layer(place: Place) -> str:
 
 
 def _uses(
-    members: Mapping[tuple[fx.Node, int], list[str]], node: fx.Node, user: fx.Node
-) -> list[list[str]]:
+    members: Mapping[tuple[fx.Node, int], list[int]], node: fx.Node, user: fx.Node
+) -> list[list[int]]:
     """For each argument of ``user`` that is ``node``, the groups for whose sake it is."""
     return [members.get((user, i), []) for i, arg in enumerate(user.args) if arg is node] or [[]]
 
 
-def _places(group: Group, names: Mapping[fx.Node, str]) -> tuple[list[Place], list[Place]]:
-    """Parameters to multiply and to divide; none where one is not there as it is."""
-    linears = [_place(node.args[1], 1, names) for node in group.linears]
-    absorbs = [_place(node.args[i], 0, names) for node, i in group.absorbs]
-    known = None not in linears, None not in absorbs
-    return list(dict.fromkeys(linears)) if known[0] else [], absorbs if all(known) else []  # type: ignore
-
-
-def _place(node: Any, dimension: int, names: Mapping[fx.Node, str]) -> Place | None:
+def _place(node: Any, dimension: int, names: Mapping[fx.Node, str]) -> tuple[fx.Node, int] | None:
+    """The parameter that ``node`` is, or is the transposed or cast form of."""
     if node in names:
-        return names[node], dimension
+        return node, dimension
     if node.target in STORED and node.args[0] in names:
-        return names[node.args[0]], 1 - dimension if node.target is aten.t.default else dimension
+        return node.args[0], 1 - dimension if node.target is aten.t.default else dimension
     return None
 
 

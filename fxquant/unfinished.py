@@ -75,22 +75,19 @@ class Unfinished:
         return self.folder / f"segment_{segment:04}.safetensors"
 
 
-def fingerprint(*parts: Any) -> str:
+def fingerprint(parts: Iterable[Any]) -> str:
     """A hash of ``parts``: text, and tensors by shape, dtype, up to SAMPLE of their values, and the sum
     of all their bytes."""
     digest = hashlib.sha256()
-    for leaf in _leaves(parts):
-        if isinstance(leaf, torch.Tensor):
-            step = max(leaf.numel() // SAMPLE, 1)
-            flat = leaf.detach().flatten()
-            total = int(flat.view(torch.uint8).sum(dtype=torch.int64))
-            values = flat[::step].contiguous().cpu()
-            digest.update(f"{leaf.dtype} {tuple(leaf.shape)} {total}".encode())
-            digest.update(values.view(torch.uint8).numpy().tobytes())
-        else:
-            digest.update(repr(leaf).encode())
+    for part in parts:
+        for leaf in tree_leaves(part):
+            digest.update(_read(leaf) if isinstance(leaf, torch.Tensor) else repr(leaf).encode())
     return digest.hexdigest()
 
 
-def _leaves(parts: Iterable[Any]) -> Iterable[Any]:
-    return tree_leaves(list(parts))
+def _read(tensor: torch.Tensor) -> bytes:
+    flat = tensor.detach().flatten()
+    total = int(flat.view(torch.uint8).sum(dtype=torch.int64))
+    values = flat[:: max(len(flat) // SAMPLE, 1)].contiguous().cpu()
+    about = f"{tensor.dtype} {tuple(tensor.shape)} {total}".encode()
+    return about + values.view(torch.uint8).numpy().tobytes()

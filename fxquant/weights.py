@@ -113,6 +113,12 @@ class Residents:
         if restore := self._restore.get(id(tensor)):
             restore()
 
+    def fill(self, values: Iterable[object]) -> None:
+        """``restore`` those of ``values`` that are tensors: a graph that packs nothing will read them."""
+        for value in values:
+            if isinstance(value, torch.Tensor):
+                self.restore(value)
+
     def restored(self, tensors: Iterable[torch.Tensor]) -> None:
         Memo.changes += 1
         for tensor in tensors:

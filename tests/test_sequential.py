@@ -247,6 +247,8 @@ def test_bad_input_is_named():
         fxquant.quantize(nn.Sequential(broken), "int4wo-32", batches=[torch.randn(2, 32)], **gptq)
     with pytest.raises(InvalidOption, match="batches"):
         fxquant.quantize(model, "int4wo-32", solver="gptq")
+    with pytest.raises(InvalidOption, match="without batches"):
+        fxquant.quantize(model, "int4wo-32", solver="hqq", folder="somewhere")
     with pytest.raises(InvalidOption, match="keep"):
         fxquant.quantize(model, "int4wo-32", batches=[good], keep="attic", **gptq)
     with pytest.raises(InvalidOption, match="one of rtn"):
@@ -255,7 +257,170 @@ def test_bad_input_is_named():
         get_solver("gptq", block=64)
     with pytest.raises(InvalidOption, match="solver"):
         fxquant.quantize(model, "int4wo-32", batches=[good])
+    with pytest.raises(InvalidOption, match="an iterable of batches"):
+        fxquant.quantize(model, "int4wo-32", batches=good, **gptq)
+    with pytest.raises(InvalidOption, match="gram"):
+        stats = fxquant.calibrate(model, [good], compiled=False, progress=False)
+        fxquant.quantize(model, "int4wo-32", stats=stats, **gptq)
     assert isinstance(model.up, nn.Linear) and isinstance(model.down, nn.Linear)
+
+
+@torch.no_grad()
+def test_a_model_that_has_run_compiled_can_be_calibrated_and_solved(graphs):
+    model = MLP().eval().requires_grad_(False)
+    fxquant.quantize(model, {"up": "int8dq", "*": None})
+    x = torch.randn(9, 64)
+    wanted = torch.compile(model, backend="fxquant")(x)
+    assert model.up._codes.untyped_storage().nbytes() == 0, "packed, and given up"
+    stats = fxquant.calibrate(model, [x], {"down": "int8dq"}, compiled=False, progress=False)
+    assert stats.reached == {"down"}
+    fxquant.quantize(model, {"up": None, "*": "int8wo"}, solver="gptq", batches=[x], **QUIET)
+    assert sqnr(model(x), wanted) > 30
+
+
+class Writes(nn.Module):
+    """Values written to in place, through views, parts of a split, an input, a buffer and a parameter."""
+
+    def __init__(self, place: bool):
+        super().__init__()
+        self.place = place
+        self.a, self.b, self.c = (nn.Linear(32, 32) for _ in range(3))
+        self.register_buffer("cache", torch.zeros(6, 32))
+        self.gain = nn.Parameter(torch.ones(32))
+
+    def forward(self, x):
+        if self.place:
+            x.mul_(3)
+            h = self.a(x)
+            h.view(-1).mul_(2)
+            first, _ = h.chunk(2, -1)
+            first.add_(1)
+            self.gain.add_(1)
+            self.cache.copy_(h)
+            y = self.b(h * self.gain)
+            return self.c(y.relu_() + self.cache)
+        h = self.a(x * 3) * 2
+        h = h + torch.cat([torch.ones(6, 16), torch.zeros(6, 16)], -1)
+        y = self.b(h * (self.gain + 1))
+        return self.c(y.relu() + h)
+
+
+def test_what_a_model_writes_in_place():
+    torch.manual_seed(0)
+    written = Writes(True).eval().requires_grad_(False)
+    plain = Writes(False).eval().requires_grad_(False)
+    plain.load_state_dict(written.state_dict())
+    data = [torch.randn(6, 32) for _ in range(3)]
+    before, kept = {k: v.clone() for k, v in written.state_dict().items()}, copy.deepcopy(data)
+    for model in (written, plain):
+        fxquant.quantize(model, "int4wo-32", solver="gptq", batches=data, **QUIET)
+    for name in "abc":
+        found, wanted = (m.get_submodule(name) for m in (written, plain))
+        assert found.record.signal == pytest.approx(wanted.record.signal, rel=1e-4), name
+        assert (found.codes != wanted.codes).float().mean() < 0.02, name
+    assert all(torch.equal(a, b) for a, b in zip(data, kept, strict=True)), "the user's batches"
+    assert torch.equal(written.gain, before["gain"]) and torch.equal(written.cache, before["cache"])
+
+
+def test_a_loader_that_fills_one_tensor_again_and_a_module_with_two_names():
+    class Twins(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = nn.Linear(32, 32)
+            self.b = self.a
+
+        def forward(self, x):
+            return self.b(self.a(x).relu())
+
+    model = Twins().eval().requires_grad_(False)
+    data, buffer = [torch.randn(4, 32) for _ in range(3)], torch.empty(4, 32)
+    other = copy.deepcopy(model)
+    fxquant.quantize(model, "int4wo-32", solver="gptq", batches=data, **QUIET)
+    refilled = (buffer.copy_(x) for x in data)
+    fxquant.quantize(other, "int4wo-32", solver="gptq", batches=refilled, **QUIET)
+    assert torch.equal(model.a.codes, other.a.codes) and model.a is model.b
+    stats = fxquant.calibrate(Twins().eval(), data, compiled=False, progress=False)
+    assert fxquant.quantize(Twins().eval(), "int8static", stats=stats).b.input_scale is not None
+
+
+def test_a_failing_solver_without_data_changes_nothing():
+    model = MLP().requires_grad_(False)
+    calls = []
+
+    def solve(weight, spec, gram=None, *, layer="weight"):
+        calls.append(layer)
+        if len(calls) == 4:  # two trials of one row come first
+            raise KeyboardInterrupt
+        return get_solver("mse")(weight, spec, layer=layer)
+
+    with pytest.raises(KeyboardInterrupt):
+        fxquant.quantize(model, "int4wo-32", solver=replace(get_solver("mse"), function=solve))
+    assert calls == ["up", "down", "up", "down"]
+    assert isinstance(model.up, nn.Linear) and isinstance(model.down, nn.Linear)
+
+
+@pytest.mark.parametrize("what", ["folds", "numbers"])
+def test_other_folds_or_numbers_in_a_batch_are_another_run(tmp_path, what):
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.up = nn.LayerNorm(32), nn.Linear(32, 32)
+
+        def forward(self, x, power=1.0):
+            return self.up(self.norm(x) ** power)
+
+    model = Scaled().eval().requires_grad_(False)
+    x = torch.randn(6, 32)
+    run = {"solver": "gptq", "batches": [{"x": x, "power": 2.0}], "folder": tmp_path, **QUIET}
+    fxquant.quantize(copy.deepcopy(model), "int8dq", **run)
+    if what == "folds":
+        run["stats"] = fxquant.calibrate(model, run["batches"], compiled=False, progress=False)
+    else:
+        run["batches"] = [{"x": x, "power": 3.0}]
+    with pytest.raises(ResumeMismatch):
+        fxquant.quantize(model, "int8dq", **run)
+
+
+class Halves(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm, self.first, self.second = nn.LayerNorm(32), nn.Linear(32, 32), nn.Linear(32, 16)
+
+    def forward(self, x):
+        x = self.first(self.norm(x))
+        torch._dynamo.graph_break()
+        return self.second(x)
+
+
+def test_a_model_that_is_no_one_graph_is_solved_on_statistics(tmp_path):
+    torch.manual_seed(0)
+    model = Halves().eval().requires_grad_(False)
+    model.norm.weight[:3] *= 20
+    data = [torch.randn(9, 32) for _ in range(4)]
+    kinds = {"input": ("channel", "gram", "sample")}
+    stats = fxquant.calibrate(model, data, kinds=kinds, compiled=False, progress=False)
+    stats.save(tmp_path / "stats.safetensors")
+    stats = fxquant.Stats.load(tmp_path / "stats.safetensors")
+    solved = fxquant.quantize(
+        copy.deepcopy(model), "int4wo-32", solver="gptq", stats=stats, smooth=False
+    )
+    normed = [model.norm(x) for x in data]
+    for name, seen in (("first", normed), ("second", [model.first(x) for x in normed])):
+        gram = Gram(32)
+        for x in seen:
+            gram.add(x)
+        spec, weight = get_scheme("int4wo-32").weight, model.get_submodule(name).weight
+        wanted = get_solver("gptq")(weight, spec, gram)
+        assert torch.equal(solved.get_submodule(name).codes, wanted.quantized.codes), name
+    plain = fxquant.quantize(copy.deepcopy(model), "int8dq")
+    both = fxquant.quantize(copy.deepcopy(model), "int8dq", solver="gptq", stats=stats)
+    x = torch.cat(data)
+    assert sqnr(both(x), model(x)) > sqnr(plain(x), model(x)) + 3, "smoothed, and solved for that"
+    assert both.second.record.tokens == 36
+    del stats._found["second:input"]
+    with pytest.raises(NoCalibrationData, match=r"^second: gptq"):
+        fxquant.quantize(model, "int4wo-32", solver="gptq", stats=stats)
+    assert isinstance(model.second, nn.Linear)
 
 
 class Mixed(nn.Module):

@@ -188,6 +188,129 @@ def test_a_weight_may_be_smoothed_for_what_it_reads_and_for_what_reads_it():
     torch.testing.assert_close(folded(model, folds)(x), expected, rtol=1e-12, atol=1e-12)
 
 
+class Reads(nn.Module):
+    """A layer whose weight is read, not called."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.a, self.b = nn.LayerNorm(32), nn.Linear(32, 32), nn.Linear(32, 32)
+
+    def forward(self, x):
+        return self.b(nn.functional.linear(torch.tanh(self.norm(x)), self.a.weight, self.a.bias))
+
+
+def test_a_smoothed_layer_whose_weight_is_read_shows_the_one_for_plain_inputs():
+    model = Reads().eval()  # whose parameters require gradients
+    data = [torch.randn(16, 32) * torch.logspace(-1, 1, 32) for _ in range(3)]
+    stats = calibrated(model, data)
+    expected, plain = model(data[0]), fxquant.quantize(copy.deepcopy(model), "int8dq")
+    fxquant.quantize(model, "int8dq", stats=stats)
+    assert model.a.smoothing is not None
+    assert sqnr(model(data[0]), expected) > sqnr(plain(data[0]), expected) - 3
+    assert not any(t.requires_grad for t in model.buffers())
+    copy.deepcopy(model)
+
+
+@torch.no_grad()
+def test_a_partial_checkpoint_leaves_smoothing_with_its_codes():
+    model = Outlier().eval().requires_grad_(False)
+    x = torch.randn(16, 64)
+    fxquant.quantize(model, "int8dq", stats=calibrated(model, [x]))
+    before = model(x)
+    model.load_state_dict({"norm.bias": model.norm.bias.clone()}, strict=False)
+    assert model.down.smoothing is not None and torch.equal(model(x), before)
+
+
+class Branches(nn.Module):
+    """Two linears read one norm; a batch runs one of them."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.a, self.b = nn.LayerNorm(32), nn.Linear(32, 32), nn.Linear(32, 32)
+
+    def forward(self, x, other=False):
+        h = self.norm(x)
+        return self.b(h) if other else self.a(h)
+
+
+@torch.no_grad()
+def test_a_norm_that_an_unseen_linear_may_read_is_left_alone(caplog):
+    model = Branches().double().eval().requires_grad_(False)
+    x = torch.randn(9, 32, dtype=torch.float64)
+    stats, expected = calibrated(model, [x]), model(x, other=True)
+    with caplog.at_level("INFO", "fxquant"):
+        fxquant.quantize(model, {"a": "int8dq", "b": None}, stats=stats)
+    assert "b.weight, in no graph that calibration saw" in caplog.text
+    torch.testing.assert_close(model(x, other=True), expected)
+    assert model.a.smoothing is not None
+
+
+class Repeated(nn.Module):
+    """Blocks after a graph break, which share one compiled graph."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(Part() for _ in range(3))
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+class Part(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm, self.fc = nn.LayerNorm(32), nn.Linear(32, 32)
+
+    def forward(self, x):
+        torch._dynamo.graph_break()
+        return self.fc(self.norm(x))
+
+
+@torch.no_grad()
+def test_blocks_that_share_a_graph_are_each_smoothed_by_their_own_norm():
+    model = Repeated().double().eval().requires_grad_(False)
+    x = torch.randn(9, 32, dtype=torch.float64)
+    stats, expected = calibrated(model, [x]), model(x)
+    names = [f"blocks.{i}.fc" for i in range(3)]
+    folds = stats.structure.folds(model, stats, 0.5, dict.fromkeys(names, get_scheme("int8dq")))
+    assert set(folds.scales) == set(names) and not folds.divisors
+    assert {f"blocks.{i}.norm.weight" for i in range(3)} < set(folds.factors)
+    torch.testing.assert_close(folded(model, folds)(x), expected, rtol=1e-12, atol=1e-12)
+
+
+@torch.no_grad()
+def test_statistics_from_before_a_layer_was_quantized_are_refused():
+    model = Gated().eval().requires_grad_(False)
+    stats = calibrated(model, [torch.randn(9, 32)])
+    fxquant.quantize(model, {"gate": "int8static", "*": None}, stats=stats)
+    with pytest.raises(InvalidOption, match=r"gate\.weight is none of its parameters"):
+        fxquant.quantize(model, {"up": "int8static", "*": None}, stats=stats)
+    assert isinstance(model.up, nn.Linear)
+
+
+def test_names_with_commas_and_compiled_parts():
+    body = nn.ModuleDict({"a, b": nn.Linear(32, 32), "c": nn.Linear(32, 32)})
+    model = nn.Sequential(nn.LayerNorm(32), Both(body)).eval().requires_grad_(False)
+    x = torch.randn(9, 32)
+    stats = calibrated(model, [x])
+    assert stats.structure.beside("1.body.c") == ("1.body.a, b", "1.body.c")
+    model[1] = torch.compile(model[1], backend="eager")
+    fxquant.quantize(torch.compile(model, backend="eager"), "int8static", stats=stats)
+    assert {type(m) for m in body.values()} == {fxquant.QuantLinear}
+    assert body["c"].smoothing is None and body["c"].input_scale is body["a, b"].input_scale
+
+
+class Both(nn.Module):
+    def __init__(self, body):
+        super().__init__()
+        self.body = body
+
+    def forward(self, x):
+        return sum(m(x) for m in self.body.values())
+
+
 @torch.no_grad()
 def test_alpha_found_by_output_error():
     torch.manual_seed(0)
@@ -258,7 +381,7 @@ def test_bad_input_is_named():
     for smooth in ("auto", "awq"):
         with pytest.raises(InvalidOption, match="samples of the inputs of up"):
             fxquant.quantize(model, "int8dq", stats=stats, smooth=smooth)
-    for smooth in (1.5, -0.1, "much", {"up": 2}, True):
+    for smooth in (1.5, -0.1, "much", {"up": 2}, {"nobody": 0.5}, True):
         with pytest.raises(InvalidOption, match="smooth"):
             fxquant.quantize(model, "int8dq", stats=stats, smooth=smooth)
     with pytest.raises(InvalidOption, match="stats beside it"):

@@ -17,12 +17,14 @@ import torch
 from ..errors import InvalidOption
 from .base import Observer
 from .extremes import ChannelMinMax, MinMax, MovingAverage, TokenRange
+from .gram import GramMatrix
 from .histogram import Histogram
 from .sample import Sample
 from .sink import collecting, send
 
 OBSERVERS: dict[str, type[Observer]] = {
-    one.kind: one for one in (MinMax, ChannelMinMax, MovingAverage, TokenRange, Histogram, Sample)
+    one.kind: one
+    for one in (MinMax, ChannelMinMax, MovingAverage, TokenRange, Histogram, Sample, GramMatrix)
 }
 """The kinds of observers by name."""
 
@@ -65,6 +67,7 @@ def restored(kind: str, state: dict[str, torch.Tensor]) -> Observer:
 __all__ = [
     "OBSERVERS",
     "ChannelMinMax",
+    "GramMatrix",
     "Histogram",
     "MinMax",
     "MovingAverage",

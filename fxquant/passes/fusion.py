@@ -62,9 +62,9 @@ def _prepare_once(gm: fx.GraphModule) -> None:
     first: dict[Any, fx.Node] = {}
     changed = written(gm)
     for node in list(gm.graph.nodes):
-        if node.target not in PREPARATION or node.kwargs or memory_of(node) & changed:
+        if node.target not in PREPARATION or node.kwargs:
             continue
-        if memory_of(node.args[0]) & changed:
+        if any(memory_of(n) & changed for n in (node, *node.all_input_nodes)):
             continue
         if (known := first.setdefault((node.target, *node.args), node)) is not node:
             replace(node, known)
