@@ -347,7 +347,7 @@ def test_a_failing_solver_without_data_changes_nothing():
     model = MLP().requires_grad_(False)
     calls = []
 
-    def solve(weight, spec, gram=None, *, layer="weight"):
+    def solve(weight, spec, gram=None, *, layer="weight", **options):
         calls.append(layer)
         if len(calls) == 4:  # two trials of one row come first
             raise KeyboardInterrupt
