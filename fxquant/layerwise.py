@@ -144,12 +144,12 @@ def _effect(subject: _Subject, scheme: Scheme, trial: _Trial) -> Effect:
     new = QuantLinear(scheme.name, q, module.bias, weight.shape[1]).eval()  # type: ignore[arg-type]
     error = energy = 0.0
 
-    def compare(_: nn.Module, args: Any, found: torch.Tensor) -> None:
+    def compare(_: nn.Module, args: Any, kwargs: Any, found: torch.Tensor) -> None:
         nonlocal error, energy
-        e, s = _squares(found, module.forward(*args))
+        e, s = _squares(found, module.forward(*args, **kwargs))
         error, energy = error + e, energy + s
 
-    new.register_forward_hook(compare)
+    new.register_forward_hook(compare, with_kwargs=True)
     with subject.replaced_by(new):
         change = trial.change()
     return Effect(
@@ -243,15 +243,21 @@ def _ratio(error: float, energy: float) -> float:
 
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode by the flags alone: ``eval()`` of a model may do more, such as merge adapters."""
+    """Eval mode by the flags alone: ``eval()`` of a model may do more, such as merge adapters. What
+    ``Module.compile`` has compiled runs eagerly."""
     training = [module for module in model.modules() if module.training]
+    compiled = {m: m._compiled_call_impl for m in model.modules() if m._compiled_call_impl}
     try:
         for module in training:
             module.training = False
+        for module in compiled:
+            module._compiled_call_impl = None
         yield
     finally:
         for module in training:
             module.training = True
+        for module, call in compiled.items():
+            module._compiled_call_impl = call
 
 
 @contextmanager

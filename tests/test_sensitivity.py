@@ -341,6 +341,29 @@ def test_bad_input_is_named():
         measured(fxquant.quantize(MLP(), {"up": "int8wo", "*": None}), [x], "int8wo")
 
 
+class Keyword(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(64, 32)
+
+    def forward(self, x):
+        return self.fc(input=x)
+
+
+def test_a_layer_called_by_keyword_in_a_model_compiled_in_place():
+    model, x, ran = Keyword(), torch.randn(5, 64), []
+
+    def backend(gm, inputs):
+        ran.append(gm)
+        return gm.forward
+
+    model.compile(backend=backend)
+    found = measured(model, [x], "int8wo")["fc", "int8wo"]
+    assert found.error_db < -40 and not ran, "every run is eager"
+    model(x)
+    assert ran, "and afterwards it is compiled again"
+
+
 def test_schemes_with_calibrated_ranges_are_refused():
     with pytest.raises(
         InvalidOption, match="'int8static': expected schemes that need no calibrated"
