@@ -159,7 +159,7 @@ def choose_qparams_affine(
     eps: float | None = None,
     quant_min: float | None = None,
     quant_max: float | None = None,
-    preserve_zero: bool = True,
+    preserve_zero: bool | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Scale and zero point for each block of ``x``, from its smallest and largest value.
 
@@ -174,8 +174,10 @@ def choose_qparams_affine(
     scale_dtype: default ``x.dtype``. The scale is rounded to it before anything else uses it.
     zero_point_dtype: default int32 in the int domain, ``scale_dtype`` in the float domain.
     eps: smallest scale of a block that is not zero; never below the smallest normal number.
-    preserve_zero: widen the range of the int domain to hold 0, which then has an exact code.
-        Otherwise the zero point may lie outside the codes. The float domain never widens it.
+    preserve_zero: widen the range to hold 0, which then has a code of its own: exactly in the int domain,
+        up to the rounding of the zero point in the float domain. Otherwise an int zero point may lie
+        outside the codes, and a float one is the range's own. Default: in the int domain, and not in the
+        float domain (tinygemm).
 
     Returns (scale, zero_point or None), one entry per block, in the rank of ``x``.
 
@@ -193,7 +195,8 @@ def choose_qparams_affine(
     scale_dtype = scale_dtype or x.dtype
     _choice("scale_dtype", scale_dtype, _REAL)
     limits = torch.finfo(scale_dtype)
-    widen = mapping != "asymmetric" or (zero_point_domain == "int" and preserve_zero)
+    preserve_zero = zero_point_domain == "int" if preserve_zero is None else preserve_zero
+    widen = mapping != "asymmetric" or (zero_point_domain != "none" and preserve_zero)
 
     low, high = (t.to(_compute_dtype(x)) for t in _Blocks(x.shape, block_size).min_max(x))
     if widen:
@@ -220,6 +223,8 @@ def choose_qparams_affine(
         limits = torch.finfo(zero_point_dtype)
         # Adding half of that scale to the value of a constant block would cost it digits.
         zero = torch.where(radius == 0, low, low + step * (middle - qmin))
+        if preserve_zero:
+            zero = step * (middle - (qmin - torch.round(low / step)).clamp(qmin, qmax))
         return scale, zero.clamp(limits.min, limits.max).to(zero_point_dtype)
     zero_point_dtype = zero_point_dtype or torch.int32
     if mapping == "asymmetric":

@@ -48,7 +48,8 @@ class QuantSpec:
     """How one tensor is quantized, ``q = clamp(round(x / scale) + zero_point)``.
 
     With ``zero_point_domain="float"`` (tinygemm's convention) the zero point is the real value
-    that the middle code stands for: ``x = (q - 2**(bits-1)) * scale + zero_point``.
+    that the middle code stands for: ``x = (q - 2**(bits-1)) * scale + zero_point``. preserve_zero: see
+    ``choose_qparams_affine``.
     """
 
     dtype: torch.dtype
@@ -57,6 +58,7 @@ class QuantSpec:
     mapping: Mapping = "symmetric"
     zero_point_domain: ZeroPointDomain = "none"
     scale_dtype: torch.dtype = torch.float32
+    preserve_zero: bool | None = None
 
     @property
     def bits(self) -> int:
@@ -97,6 +99,7 @@ class QuantSpec:
             mapping=self.mapping,
             zero_point_domain=self.zero_point_domain,
             scale_dtype=self.scale_dtype,
+            preserve_zero=self.preserve_zero,
         )
 
     def encode(
@@ -186,7 +189,11 @@ def _int(dtype: torch.dtype, granularity: Granularity, **kw) -> QuantSpec:
 
 
 def _group(dtype: torch.dtype, size: int, *, asymmetric: bool = False) -> QuantSpec:
-    """Grouped weights keep bfloat16 qparams: at 32 values a group, float32 ones would add 2 bits."""
+    """Grouped weights keep bfloat16 qparams: at 32 values a group, float32 ones would add 2 bits.
+
+    0 keeps a code: the columns of channels that carry outliers are small, and an error of half a step
+    in each of them would be multiplied by the outliers.
+    """
     domain: ZeroPointDomain = "float" if asymmetric else "none"
     return QuantSpec(
         dtype=dtype,
@@ -195,6 +202,7 @@ def _group(dtype: torch.dtype, size: int, *, asymmetric: bool = False) -> QuantS
         mapping="asymmetric" if asymmetric else "symmetric",
         zero_point_domain=domain,
         scale_dtype=torch.bfloat16,
+        preserve_zero=True if asymmetric else None,
     )
 
 

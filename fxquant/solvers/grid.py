@@ -133,6 +133,7 @@ def qparams_of_range(
         mapping=spec.mapping,
         zero_point_domain=spec.zero_point_domain,
         scale_dtype=spec.scale_dtype,
+        preserve_zero=spec.preserve_zero,
     )
 
 

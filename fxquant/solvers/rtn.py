@@ -94,7 +94,8 @@ def _least_squares(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Qparams [n, g] of the ranges of x [n, g, size] with the least squared error."""
     # A range that must hold 0 shrinks towards it, a free one towards the mean of its values.
-    center = x.mean(-1) if spec.zero_point_domain == "float" else torch.zeros_like(low)
+    free = spec.zero_point_domain == "float" and not spec.preserve_zero
+    center = x.mean(-1) if free else torch.zeros_like(low)
 
     def shrunk(factor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         # Written so that a factor of 1 gives the range itself, bit for bit.
