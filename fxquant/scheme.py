@@ -225,8 +225,8 @@ def register(scheme: Scheme) -> Scheme:
 
 
 _INT4_FLOORS = {  # group_size: (asymmetric, symmetric and 8da4w) in dB
-    32: (21.6, 20.0),
-    64: (20.5, 19.3),
+    32: (21.3, 20.0),
+    64: (20.3, 19.3),
     128: (19.5, 18.6),
     256: (18.7, 18.0),
 }
@@ -267,7 +267,7 @@ for _size, (_asymmetric, _symmetric) in _INT4_FLOORS.items():
             summary=f"int4 weights, groups of {_size}, int8 activations per token, integer product",
         )
     )
-for _size, _floor in ((32, 15.0), (64, 13.8), (128, 12.9)):
+for _size, _floor in ((32, 14.7), (64, 13.7), (128, 12.8)):
     register(
         Scheme(
             name=f"int3wo-{_size}",
@@ -276,7 +276,7 @@ for _size, _floor in ((32, 15.0), (64, 13.8), (128, 12.9)):
             summary=f"uint3 weights, groups of {_size}, float zero point",
         )
     )
-for _size, _floor in ((32, 7.6), (64, 6.5), (128, 5.5)):
+for _size, _floor in ((32, 7.3), (64, 6.3), (128, 5.5)):
     register(
         Scheme(
             name=f"int2wo-{_size}",
