@@ -212,6 +212,24 @@ def test_eps_bounds_the_scale():
     torch.testing.assert_close(scale, torch.tensor([[1e-3], [1 / 127.5]]), rtol=1e-6, atol=0)
 
 
+def test_a_float_zero_point_may_keep_a_code_for_zero():
+    x, form = torch.tensor([[-1.0, 0.25, 2.0], [1.0, 2.0, 4.0]]), dict(preserve_zero=True)
+    scale, zero = choose_qparams_affine(x, [1, -1], torch.uint4, **TINYGEMM, **form)
+    assert torch.allclose(scale, torch.tensor([[3 / 15], [4 / 15]])), "both ranges hold 0"
+    assert torch.allclose(zero, torch.tensor([[8 - 5.0], [8.0]]) * scale)
+    codes = quantize_affine(x * 0, [1, -1], scale, zero, torch.uint4, zero_point_domain="float")
+    values = dequantize_affine(codes, [1, -1], scale, zero, torch.uint4, zero_point_domain="float")
+    assert codes.tolist() == [[5] * 3, [0] * 3] and values.abs().max() < 1e-6
+    bare = choose_qparams_affine(x, [1, -1], torch.uint4, **TINYGEMM)[1]
+    assert torch.allclose(bare, torch.tensor([[-1 + 1.6], [1 + 1.6]])), (
+        "tinygemm's own, if not asked"
+    )
+    broken = x.clone()
+    broken[0, 1] = torch.nan
+    scale, zero = choose_qparams_affine(broken, [1, -1], torch.uint4, **TINYGEMM, **form)
+    assert scale[0].isnan() and scale[1].isfinite()
+
+
 def test_a_range_of_codes():
     """quant_min and quant_max narrow the codes, in all three functions."""
     x, block, narrow = (

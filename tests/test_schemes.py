@@ -40,6 +40,19 @@ def test_large_weights_are_quantized_in_slabs(scheme, monkeypatch):
         assert a is None or (torch.equal(a.float(), b.float()) and a.dtype == b.dtype)
 
 
+@pytest.mark.parametrize("scheme", ["int4wo-128", "int3wo-128", "int2wo-128"])
+def test_small_columns_of_outlier_channels_are_small_errors(scheme):
+    """0 has a code: half a step in a small column, times the outlier, would be most of the output."""
+    generator = torch.Generator().manual_seed(0)
+    w, x = (torch.randn(n, 1024, generator=generator) for n in (128, 64))
+    w[:, :20] /= 64
+    x[:, :20] *= 64
+    q = bundle(torch.ops.fxquant.quantize(w, scheme, "weight"))
+    y = linear_on(x.double(), q, None, scheme)
+    found = sqnr(y, x.double() @ w.double().T)
+    assert found > SCHEMES[scheme].sqnr - 6, "without it most of the output is error"
+
+
 @pytest.mark.parametrize("bits", range(1, 9))
 def test_codes_are_stored_in_what_the_spec_says(bits):
     spec = QuantSpec(dtype=getattr(torch, f"int{bits}"), granularity="channel")
