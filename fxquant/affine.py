@@ -222,9 +222,10 @@ def choose_qparams_affine(
         _choice("zero_point_dtype", zero_point_dtype, _REAL)
         limits = torch.finfo(zero_point_dtype)
         # Adding half of that scale to the value of a constant block would cost it digits.
-        zero = torch.where(radius == 0, low, low + step * (middle - qmin))
+        zero = low + step * (middle - qmin)
         if preserve_zero:
             zero = step * (middle - (qmin - torch.round(low / step)).clamp(qmin, qmax))
+        zero = torch.where(radius == 0, low, zero)
         return scale, zero.clamp(limits.min, limits.max).to(zero_point_dtype)
     zero_point_dtype = zero_point_dtype or torch.int32
     if mapping == "asymmetric":

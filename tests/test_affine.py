@@ -224,6 +224,10 @@ def test_a_float_zero_point_may_keep_a_code_for_zero():
     assert torch.allclose(bare, torch.tensor([[-1 + 1.6], [1 + 1.6]])), (
         "tinygemm's own, if not asked"
     )
+    scale, zero = choose_qparams_affine(0 * x, [1, -1], torch.uint4, **TINYGEMM, **form)
+    assert scale.tolist() == [[1], [1]] and zero.tolist() == [[0], [0]], (
+        "the middle code, no sums to cancel"
+    )
     broken = x.clone()
     broken[0, 1] = torch.nan
     scale, zero = choose_qparams_affine(broken, [1, -1], torch.uint4, **TINYGEMM, **form)
