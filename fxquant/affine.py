@@ -174,10 +174,8 @@ def choose_qparams_affine(
     scale_dtype: default ``x.dtype``. The scale is rounded to it before anything else uses it.
     zero_point_dtype: default int32 in the int domain, ``scale_dtype`` in the float domain.
     eps: smallest scale of a block that is not zero; never below the smallest normal number.
-    preserve_zero: widen the range to hold 0, which then has a code of its own: exactly in the int domain,
-        up to the rounding of the zero point in the float domain. Otherwise an int zero point may lie
-        outside the codes, and a float one is the range's own. Default: in the int domain, and not in the
-        float domain (tinygemm).
+    preserve_zero: widen the range to hold 0, which then has a code (a float zero point is rounded).
+        Otherwise an int zero point may lie outside the codes. Default: in the int domain alone.
 
     Returns (scale, zero_point or None), one entry per block, in the rank of ``x``.
 
