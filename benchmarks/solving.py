@@ -1,6 +1,6 @@
 """How long a weight solver takes for a whole decoder of Llama's shape, and how much memory.
 
-    PYTHONPATH=. python benchmarks/solving.py [--shape llama3-8b] [--scheme int4wo-128] [--solver gptq]
+    PYTHONPATH=. python benchmarks/solving.py [--shape llama3-8b] [--layers 0] [--scheme int4wo-128] [--solver gptq]
         [--sequences 128] [--length 2048] [--batch 4] [--keep cpu] [--host] [--out benchmarks/results]
 
 Random bfloat16 weights and tokens: neither changes what is computed. ``--host`` keeps the model on the
@@ -11,6 +11,7 @@ minutes on one H200. Writes solving.json and solving.md; without a GPU the tiny 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import datetime
 import json
 import time
@@ -20,7 +21,7 @@ from typing import Any
 
 import torch
 from accuracy_model import LanguageModel
-from llama_model import SHAPES
+from llama_model import SHAPES, Shape
 from llama_report import machine
 from tabulate import tabulate
 
@@ -30,6 +31,7 @@ from fxquant.modules import QuantLinear
 
 HEADERS = (
     "shape",
+    "layers",
     "scheme",
     "solver",
     "tokens",
@@ -41,11 +43,11 @@ HEADERS = (
 )
 
 
-def build(shape: str, length: int, device: torch.device) -> LanguageModel:
+def build(shape: Shape, length: int, device: torch.device) -> LanguageModel:
     """A decoder with seeded random weights in bfloat16."""
     torch.manual_seed(0)
     with torch.device(device):
-        model = LanguageModel(SHAPES[shape], length)
+        model = LanguageModel(shape, length)
     model = model.to(torch.bfloat16).requires_grad_(False).eval()
     for name, parameter in model.named_parameters():
         parameter.fill_(1.0) if "norm" in name else parameter.normal_(0.0, 0.02)
@@ -56,7 +58,9 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     """One run: seconds, peak memory of the GPU, and how far off the layers are."""
     gpu = torch.cuda.is_available()
     device = torch.device("cuda" if gpu else "cpu")
-    model = build(args.shape, args.length, torch.device("cpu") if args.host else device)
+    shape = SHAPES[args.shape]
+    shape = dataclasses.replace(shape, layers=args.layers or shape.layers)
+    model = build(shape, args.length, torch.device("cpu") if args.host else device)
     vocabulary, home = model.shape.vocab, model.cos.device
     counts = [args.batch] * (args.sequences // args.batch)
     batches = [torch.randint(vocabulary, (n, args.length), device=home) for n in counts]
@@ -73,6 +77,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     records = [m.record for m in model.modules() if isinstance(m, QuantLinear)]
     return {
         "shape": args.shape,
+        "blocks": shape.layers,
         "scheme": args.scheme,
         "solver": args.solver,
         "tokens": sum(counts) * args.length,
@@ -90,13 +95,14 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 def row(found: dict[str, Any]) -> tuple[Any, ...]:
     decibel = -10 * torch.tensor(found["worst_relative_error"]).log10()
     tail = (found["seconds"], found["peak_gb"], f"{decibel:.1f}", f"{100 * found['gain']:.0f} %")
-    return *(found[k] for k in ("shape", "scheme", "solver", "tokens", "model_on")), *tail
+    return *(found[k] for k in ("shape", "blocks", "scheme", "solver", "tokens", "model_on")), *tail
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     gpu = torch.cuda.is_available()
     parser.add_argument("--shape", choices=SHAPES, default="llama3-8b" if gpu else "tiny")
+    parser.add_argument("--layers", type=int, default=0, help="cut the depth; 0: all")
     parser.add_argument("--scheme", default="int4wo-128")
     parser.add_argument("--solver", default="gptq")
     parser.add_argument("--sequences", type=int, default=128 if gpu else 8)

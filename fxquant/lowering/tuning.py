@@ -26,6 +26,9 @@ from ..scheme import SCHEMES
 SHIPPED = Path(__file__).parent / "tuned"
 SECTIONS = ("kernels", "shapes", "pipelines")
 
+KIN = {"H100": "NVIDIA H200", "GH200": "NVIDIA H200"}
+"""In the name of a device that has no table: whose serves, the same chip's beside another memory."""
+
 
 def user_table(device: str) -> Path:
     """Where ``python -m fxquant tune`` keeps what it measured on ``device``."""
@@ -37,11 +40,18 @@ def _file(device: str) -> str:
     return f"{device.replace(' ', '_').replace('/', '_')}.json"
 
 
+def shipped_table(device: str) -> Path:
+    """The table that comes with the package for ``device``, or for its kin; it need not exist."""
+    kin = (other for part, other in KIN.items() if part in device)
+    own = SHIPPED / _file(device)
+    return own if own.is_file() else SHIPPED / _file(next(kin, device))
+
+
 @lru_cache
 def tuned_table(device: str) -> dict[str, dict[str, list[Any]]]:
     """Both files as one; ``select.forget()`` has them read again."""
     merged: dict[str, dict[str, list[Any]]] = {section: {} for section in SECTIONS}
-    for path in (SHIPPED / _file(device), user_table(device)):
+    for path in (shipped_table(device), user_table(device)):
         if path.is_file():
             content = json.loads(path.read_text())
             for section in SECTIONS:

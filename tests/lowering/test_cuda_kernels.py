@@ -14,7 +14,7 @@ from fxquant.lowering import cuda_layout, cuda_pipeline, cuda_prefill, cuda_stre
 from fxquant.lowering.cuda_stream import Shape
 from fxquant.lowering.kernel import KERNELS, Device, Problem
 from fxquant.lowering.select import forget, select
-from fxquant.lowering.tuning import tuned_kernels, tuned_shapes
+from fxquant.lowering.tuning import shipped_table, tuned_kernels, tuned_shapes
 from fxquant.scheme import get_scheme
 from tests import oracles
 
@@ -296,3 +296,12 @@ def test_rows_beside_the_activations_do_not_matter():
     y = op(x[1:4], None, None, packed, None, "int4wo-64", "", 40, x.dtype)
     expected = oracles.run("cuda_w4a16", sample)
     oracles.assert_equal(y.cpu(), expected.cpu(), "rows beside others, of NaN")
+
+
+def test_a_device_without_a_table_takes_its_kins():
+    ours = "NVIDIA H200"
+    assert shipped_table("NVIDIA H100 80GB HBM3") == shipped_table(ours)
+    assert shipped_table(ours).is_file()
+    assert not shipped_table("NVIDIA A100-SXM4-80GB").exists()
+    kernels = tuned_kernels("NVIDIA H100 80GB HBM3", "int4wo-64", "w4a16", 4096, 4096)
+    assert kernels == tuned_kernels(ours, "int4wo-64", "w4a16", 4096, 4096)
