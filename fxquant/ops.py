@@ -26,6 +26,22 @@ ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "silu": F.silu,
 }
 
+GATES = {f"{name}_mul": name for name in ACTIVATIONS if name}
+"""Epilogues of two linears in one: the activation of the first half of the channels, times the second."""
+
+
+def finish(y: torch.Tensor, epilogue: str) -> torch.Tensor:
+    """``y`` [..., N] through one of ACTIVATIONS, or [..., N / 2] through one of GATES."""
+    if epilogue not in GATES:
+        return ACTIVATIONS[epilogue](y)
+    first, second = y.chunk(2, -1)
+    return ACTIVATIONS[GATES[epilogue]](first) * second
+
+
+def outputs(n: int, epilogue: str) -> int:
+    """How many channels the epilogue makes of the ``n`` of a weight."""
+    return n // 2 if epilogue in GATES else n
+
 
 def define(schema: str) -> Callable[[Callable], Callable]:
     """Define an op whose reference is traceable, so that it is its own fake as well."""
@@ -139,7 +155,7 @@ def linear(
     x_zero: torch.Tensor | None = None,
     dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
-    """``activation(dequantize(quantize(x)) @ dequantize(codes).T + bias)``, rounded once to x.dtype.
+    """``finish(dequantize(quantize(x)) @ dequantize(codes).T + bias)``, rounded once to x.dtype.
 
     For a static scheme ``x`` is codes already (``quantize_static``), x_scale and x_zero [1] are what
     they were made with, and the result has ``dtype``. Raises InvalidOption where these are missing,
@@ -155,7 +171,7 @@ def linear(
         x_wide = row.input.dequantize(q, wide)
     w = row.weight.dequantize(Quantized(codes, scale, zero), wide)
     y = F.linear(x_wide, w, None if bias is None else bias.to(wide))
-    return ACTIVATIONS[epilogue](y).to(result)
+    return finish(y, epilogue).to(result)
 
 
 def _result_dtype(
@@ -178,7 +194,7 @@ def _linear_fake(
     x, codes, scale, zero, bias, scheme, epilogue, x_scale=None, x_zero=None, dtype=None
 ):
     result = _result_dtype(x, scheme, x_scale, dtype)
-    return x.new_empty((*x.shape[:-1], codes.shape[0]), dtype=result)
+    return x.new_empty((*x.shape[:-1], outputs(codes.shape[0], epilogue)), dtype=result)
 
 
 class LinearArguments(NamedTuple):

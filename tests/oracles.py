@@ -17,7 +17,7 @@ import torch
 import fxquant.lowering  # noqa: F401  (fills KERNELS)
 from fxquant.affine import pack_codes, storage_dtype
 from fxquant.lowering.kernel import KERNELS, Kernel
-from fxquant.ops import ACTIVATIONS
+from fxquant.ops import ACTIVATIONS, GATES, finish, outputs
 from fxquant.scheme import Quantized, Scheme, get_scheme
 
 EXACT_INTEGERS = 2**24
@@ -116,7 +116,7 @@ def reference(
     """y [m, n] in float64."""
     x, w = operands(sample, device)
     y = x @ w.T
-    return ACTIVATIONS[epilogue](y if sample.bias is None else y + sample.bias.double())
+    return finish(y if sample.bias is None else y + sample.bias.double(), epilogue)
 
 
 def run(kernel: Kernel | str, sample: Sample, epilogue: str = "") -> torch.Tensor:
@@ -126,6 +126,7 @@ def run(kernel: Kernel | str, sample: Sample, epilogue: str = "") -> torch.Tenso
     with torch.no_grad():
         y = kernel.compute(sample.scheme, sample.x, packed, sample.bias, epilogue)
     m, n, _ = sample.shape
+    n = outputs(n, epilogue)
     assert y.shape == (m, n), f"{kernel.name}: y is {tuple(y.shape)}, expected {(m, n)}"
     assert y.dtype == sample.x.dtype, f"{kernel.name}: y is {y.dtype}, x is {sample.x.dtype}"
     return y
@@ -166,14 +167,21 @@ def bound_ratio(sample: Sample, y: torch.Tensor, epilogue: str = "") -> torch.Te
     """|y - reference| over its allowance ``6 u / sqrt(3) * sqrt(sum x^2 w^2) + u |y|``, [m, n].
 
     The activations this project fuses have slopes within [-0.13, 1.13]: with one, the allowance
-    grows by 1.13.
+    grows by 1.13. Of a product ``act(g) v`` both factors have theirs: ``d(act(g)) |v| + |act(g)| d(v)``,
+    their product, and three roundings more (g, v and act(g) may be rounded before).
     """
     x, w = operands(sample, y.device)
     u = UNIT_ROUNDOFF[sample.x.dtype]
     ref = reference(sample, epilogue, y.device)
     slope = 1.0 if not epilogue else 1.13
     inner = reference(sample, device=y.device)
-    allowed = slope * (6 * u / 3**0.5 * (x.square() @ w.square().T).sqrt() + u * inner.abs())
+    allowed = 6 * u / 3**0.5 * (x.square() @ w.square().T).sqrt() + u * inner.abs()
+    if epilogue in GATES:
+        (_, v), (dg, dv) = inner.chunk(2, -1), (allowed + u * inner.abs()).chunk(2, -1)
+        active = ACTIVATIONS[GATES[epilogue]](inner.chunk(2, -1)[0]).abs()
+        allowed = slope * dg * v.abs() + active * dv + slope * dg * dv + 2 * u * ref.abs()
+    else:
+        allowed = slope * allowed
     # a result that is exactly zero (no terms, or all of them zero) has no allowance but itself
     smallest = torch.finfo(sample.x.dtype).tiny
     return (y.cpu().double() - ref).abs() / (allowed + smallest)

@@ -15,11 +15,13 @@ from typing import NamedTuple
 import sympy
 import torch
 
+from ..ops import outputs
 from ..scheme import Scheme
 from . import nvrtc
 from .cuda_layout import STREAM, Format, format_of
 from .cuda_stream import (
     COMMON,
+    FINISHES,
     HALF,
     SHARED_LIMIT,
     Shape,
@@ -31,7 +33,7 @@ from .cuda_stream import (
 )
 from .devices import device_row
 from .kernel import Problem, kernel
-from .triton_launch import EPILOGUES, estimate, input_is
+from .triton_launch import estimate, input_is
 from .tuning import tuned_shapes
 
 SOURCES = (
@@ -199,7 +201,7 @@ def run(
     device = x.device.index
     types = (x.dtype, dtype, None if bias is None else bias.dtype)
     call = compiled(form, cut, *types, epilogue, device)
-    y = x.new_empty(m, n, dtype=dtype)
+    y = x.new_empty(m, outputs(n, epilogue), dtype=dtype)
     box = tensor_map(x.data_ptr(), m, k * x.element_size(), cut.tokens)
     pointers = (x_scale, x_zero, packed[0], w_scale, w_sum, bias, y)
     addresses = (0 if t is None else t.data_ptr() for t in pointers)
@@ -243,7 +245,7 @@ NEEDS = (*COMMON, HALF, stream_holds, whole_rows)
     layout=STREAM,
     cost=cost,
     needs=NEEDS,
-    epilogues=EPILOGUES,
+    epilogues=FINISHES,
     faults=[{"dtype": torch.float32}, {"k": 40}, {"k": 96}],
 )
 def cuda_pipeline(scheme, x, packed, bias, epilogue):
@@ -258,7 +260,7 @@ def cuda_pipeline(scheme, x, packed, bias, epilogue):
     layout=STREAM,
     cost=cost,
     needs=[*NEEDS, input_is("int")],
-    epilogues=EPILOGUES,
+    epilogues=FINISHES,
     faults=[{"dtype": torch.float32}, {"k": 48}, {"k": 96}],
 )
 def cuda_pipeline_w4a8(scheme, x, packed, bias, epilogue):

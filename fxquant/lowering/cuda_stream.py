@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import sympy
 import torch
 
+from ..ops import GATES, outputs
 from ..scheme import Scheme, get_scheme
 from . import nvrtc
 from .cuda_layout import BLOCK, STREAM, TILE, Format, format_of
@@ -26,6 +27,8 @@ from .tuning import tuned_shapes
 
 CODE = {torch.bfloat16: 1, torch.float16: 2, torch.float32: 3}
 ACTIVATION = {"": 0, "relu": 1, "gelu": 2, "gelu_tanh": 3, "silu": 4}
+FINISHES = (*EPILOGUES, *GATES)
+"""The epilogues of the CUDA C++ kernels."""
 
 SOURCES = Path(__file__).parent / "cuda"
 
@@ -69,6 +72,13 @@ class Shape(NamedTuple):
         """Bytes of shared memory: the pipeline, or the partial sums that follow it."""
         sums = self.warps_k * max(self.tokens, 8) * (self.rows + 4) * 4
         return max(self.warps_k * self.stages * self.stage_bytes(form), sums)
+
+    def paired(self, form: Format, k: int) -> Shape:
+        """The same with an even number of tiles, of which half are of each half of the channels (GATES)."""
+        if self.warps_n * self.row_tiles % 2 == 0:
+            return self
+        pairs = self._replace(row_tiles=2 * self.row_tiles, warps_k=max(self.warps_k // 2, 1))
+        return pairs if pairs.fits(form, k) else plain_shape(form, k, self.tokens)
 
     def fits(self, form: Format, k: int) -> bool:
         """Whether the kernel can be cut like this."""
@@ -115,6 +125,11 @@ def shape_for(scheme: Scheme, n: int, k: int, rows: int, device: str) -> Shape:
     for found in tuned_shapes(device, "shapes", scheme.name, scheme.family, n, k, rows):
         if (shape := Shape(*found)).fits(form, k):
             return shape
+    return plain_shape(form, k, rows)
+
+
+def plain_shape(form: Format, k: int, rows: int) -> Shape:
+    """A cut that serves any layer."""
     steps = (s for s in (128, 64, 32) if s % form.unit == 0)
     step = next(s for s in steps if k % s == 0)
     if rows == 1:
@@ -126,7 +141,7 @@ def shape_for(scheme: Scheme, n: int, k: int, rows: int, device: str) -> Shape:
 
 
 def defines(form: Format, shape: Shape, **rest: int) -> tuple[tuple[str, int], ...]:
-    values = {**form._asdict(), **shape._asdict(), **rest}
+    values = {**form._asdict(), **shape._asdict(), "gated": 0, **rest}
     return tuple((name.upper(), int(value)) for name, value in values.items())
 
 
@@ -164,7 +179,8 @@ def compile_linear(
         x_half=x == torch.float16,
         y_type=CODE[y],
         bias_type=0 if bias is None else CODE[bias],
-        activation=ACTIVATION[epilogue],
+        activation=ACTIVATION[GATES.get(epilogue, epilogue)],
+        gated=epilogue in GATES,
     )
     return nvrtc.function(text, entry, constants, threads, shared, device, True)
 
@@ -197,14 +213,16 @@ def run(
     epilogue: str,
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    """One launch, cut as ``shape``: y[m, n] of contiguous x[m, k], x_scale and x_zero float32 [m]."""
+    """One launch, cut as ``shape``: y[m, n] (of GATES [m, n / 2]) of contiguous x[m, k], x_scale and
+    x_zero float32 [m]."""
     form, (m, k) = format_of(scheme), x.shape
     per_row = packed[1].float().reshape(-1)
     w_scale, w_sum = (None, per_row) if form.x_zero else (per_row, None)
+    shape = shape.paired(form, k) if epilogue in GATES else shape
     call = compiled(
         form, shape, x.dtype, dtype, None if bias is None else bias.dtype, epilogue, x.device.index
     )
-    y = x.new_empty(m, n, dtype=dtype)
+    y = x.new_empty(m, outputs(n, epilogue), dtype=dtype)
     pointers = (x, x_scale, x_zero, packed[0], w_scale, w_sum, bias, y)
     addresses = (0 if t is None else t.data_ptr() for t in pointers)
     arguments = struct.pack(
@@ -227,7 +245,7 @@ def define_linear(name: str, pick: Callable[..., Any], run: Callable[..., torch.
 
     def linear(x, x_scale, x_zero, packed, bias, scheme, epilogue, n, dtype):
         if x.shape[0] == 0:
-            return x.new_empty(0, n, dtype=dtype)
+            return x.new_empty(0, outputs(n, epilogue), dtype=dtype)
         row, m = get_scheme(scheme), x.shape[0]
         cut = pick(row, n, x.shape[1], m, device_row(x.device).name)
         scale, zero = (
@@ -237,7 +255,7 @@ def define_linear(name: str, pick: Callable[..., Any], run: Callable[..., torch.
         return run(row, cut, aligned(x), scale, zero, packed, bias, n, epilogue, dtype)
 
     def fake(x, x_scale, x_zero, packed, bias, scheme, epilogue, n, dtype):
-        return x.new_empty(x.shape[0], n, dtype=dtype)
+        return x.new_empty(x.shape[0], outputs(n, epilogue), dtype=dtype)
 
     LIBRARY.define(
         f"{name}(Tensor x, Tensor? x_scale, Tensor? x_zero, Tensor[] packed, Tensor? bias,"
@@ -307,7 +325,7 @@ def _linear(x, scale, zero, packed, bias, scheme, epilogue, n, dtype):
     layout=STREAM,
     cost=cost,
     needs=[*COMMON, HALF, weight_is("group", "none", "float"), grouped],
-    epilogues=EPILOGUES,
+    epilogues=FINISHES,
     faults=[{"dtype": torch.float32}, {"k": 48}],
 )
 def cuda_w4a16(scheme, x, packed, bias, epilogue):
@@ -321,7 +339,7 @@ def cuda_w4a16(scheme, x, packed, bias, epilogue):
     layout=STREAM,
     cost=cost,
     needs=[*COMMON, HALF, weight_is("channel", "none")],
-    epilogues=EPILOGUES,
+    epilogues=FINISHES,
     faults=[{"dtype": torch.float32}, {"k": 40}],
 )
 def cuda_w8a16(scheme, x, packed, bias, epilogue):
@@ -335,7 +353,7 @@ def cuda_w8a16(scheme, x, packed, bias, epilogue):
     layout=STREAM,
     cost=cost,
     needs=[*COMMON, ANY_FLOAT, weight_is("group", "none"), input_is("int"), grouped],
-    epilogues=EPILOGUES,
+    epilogues=FINISHES,
     faults=[{"dtype": torch.float64}, {"k": 48}],
 )
 def cuda_w4a8(scheme, x, packed, bias, epilogue):
@@ -356,7 +374,7 @@ def cuda_w4a8(scheme, x, packed, bias, epilogue):
         input_is("none"),
         k_at_most(131071, "the int32 sum could overflow"),
     ],
-    epilogues=EPILOGUES,
+    epilogues=FINISHES,
     faults=[{"dtype": torch.float64}, {"k": 131072}, {"k": 40}],
 )
 def cuda_w8a8(scheme, x, packed, bias, epilogue):

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ..inductor import storage_of
-from ..ops import ACTIVATIONS, LIBRARY, define
+from ..ops import LIBRARY, define, finish, outputs
 from ..scheme import Quantized, QuantSpec, Scheme, get_scheme
 from .kernel import CANONICAL, KERNELS, LAYOUTS
 
@@ -96,7 +96,7 @@ def dispatch(
 def _dispatch_fake(
     x, codes, packed, bias, scheme, layout, plan, epilogue, n, dtype=None
 ):  # the choice needs a real M
-    return x.new_empty(x.shape[0], n, dtype=dtype or x.dtype)
+    return x.new_empty(x.shape[0], outputs(n, epilogue), dtype=dtype or x.dtype)
 
 
 def run_kernel(
@@ -109,7 +109,7 @@ def run_kernel(
     epilogue: str,
     n: int,
 ) -> torch.Tensor:
-    """The kernel's ``compute`` on weights packed as ``layout``, then the activation if it has none.
+    """The kernel's ``compute`` on weights packed as ``layout``, then the epilogue if it has none.
 
     A kernel of the canonical layout (the fallback) takes any layout, unpacked.
     """
@@ -119,4 +119,4 @@ def run_kernel(
         packed = [t for t in LAYOUTS[layout].unpack(scheme, packed, n, x.shape[1]) if t is not None]
     inside = epilogue if epilogue in kernel.epilogues else ""
     y = kernel.compute(scheme, x, packed, bias, inside)
-    return y if inside == epilogue else ACTIVATIONS[epilogue](y)
+    return y if inside == epilogue else finish(y, epilogue)

@@ -70,7 +70,7 @@ Compute = Callable[
 class Kernel:
     """One way to compute a quantized linear.
 
-    ``epilogues`` names the activations the kernel applies itself (keys of ``ops.ACTIVATIONS``);
+    ``epilogues`` names those of ``ops.ACTIVATIONS`` and ``ops.GATES`` that the kernel applies itself;
     others follow it as ordinary nodes. ``faults`` are problems that ``needs`` must refuse: a test
     runs them.
     """

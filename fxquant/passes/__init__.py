@@ -11,6 +11,7 @@ from .base import Pass, rewrites
 from .equalization import equalize
 from .folding import fold_qparams
 from .fusion import fuse
+from .gating import gate
 from .handover import hand_over
 from .lowering import lower
 from .merging import merge
@@ -44,6 +45,7 @@ PIPELINE: tuple[tuple[str, Callable[[Choices], Pass | None]], ...] = (
     ("fused", lambda c: fuse),
     ("handed_over", lambda c: hand_over),
     ("merged", lambda c: merge),
+    ("gated", lambda c: gate),
     ("lowered", lambda c: lower(strict=c.strict)),
     ("verified", lambda c: verify),
 )
@@ -63,6 +65,7 @@ __all__ = [
     "equalize",
     "fold_qparams",
     "fuse",
+    "gate",
     "hand_over",
     "insert_observers",
     "lower",

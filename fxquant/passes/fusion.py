@@ -25,7 +25,7 @@ aten = torch.ops.aten
 ops = torch.ops.fxquant
 
 
-def _activation(node: fx.Node) -> str | None:
+def activation_of(node: fx.Node) -> str | None:
     """The epilogue that ``node`` is, if it is one."""
     if node.target is aten.gelu.default:
         return {"none": "gelu", "tanh": "gelu_tanh"}[node.kwargs.get("approximate", "none")]  # type: ignore[index]
@@ -99,12 +99,12 @@ def _is(node: Any, role: str) -> bool:
     )
 
 
-def _only_user(node: fx.Node) -> fx.Node | None:
+def only_user(node: fx.Node) -> fx.Node | None:
     return next(iter(node.users)) if len(node.users) == 1 else None
 
 
 def _absorb_bias(gm: fx.GraphModule, node: fx.Node, constant: Any) -> fx.Node:
-    user = _only_user(node)
+    user = only_user(node)
     if node.args[4] is not None or user is None or user.target is not aten.add.Tensor:
         return node
     bias = next((a for a in user.args if a is not node), None)
@@ -126,8 +126,8 @@ def _absorb_bias(gm: fx.GraphModule, node: fx.Node, constant: Any) -> fx.Node:
 
 
 def _absorb_activation(gm: fx.GraphModule, node: fx.Node) -> None:
-    user = _only_user(node)
-    epilogue = user is not None and _activation(user)
+    user = only_user(node)
+    epilogue = user is not None and activation_of(user)
     if not epilogue or _has_sibling(node):
         return
     assert user is not None

@@ -26,7 +26,7 @@ from ..lowering.devices import device_row
 from ..lowering.dispatch import prequantized, run_kernel, shaped_like
 from ..lowering.kernel import Problem
 from ..lowering.select import FALLBACK, Choice, select
-from ..ops import LinearArguments, compute_dtype
+from ..ops import LinearArguments, compute_dtype, outputs
 from ..scheme import get_scheme
 from .base import Pass
 from .expansion import expand
@@ -102,7 +102,7 @@ def _lower_one(
         codes = _codes(graph, node, problem, rows, a.x_scale)
         args = (rows, codes, packed[key], bias, a.epilogue)
         result = _call(graph, node, choice, problem, bodies, *args)
-        shape = [*_sizes(graph, node, a.x), problem.n]
+        shape = [*_sizes(graph, node, a.x), outputs(problem.n, a.epilogue)]
         out = emit(graph, node, aten.reshape.default, result, shape)
     replace(node, out)
 

@@ -121,17 +121,19 @@ def test_extreme_scales_survive_the_stream():
 @pytest.mark.parametrize(
     "scheme", ["int4wo-64", "int2wo-32", "int8wo", "fp8wo", "8da4w-32", "int8dq", "fp8dq"]
 )
-def test_every_form_compiles_for_hopper(scheme):
+@pytest.mark.parametrize("gated", [0, 1])
+def test_every_form_compiles_for_hopper(scheme, gated):
     form = cuda_layout.format_of(get_scheme(scheme))
+    more = {"x_half": 0, "y_type": 1, "bias_type": 0, "activation": 4, "gated": gated}
     shapes = [Shape(1, 4, 2, 1, 128, 4), Shape(4, 1, 2, 64, 128, 3, 1)]
     for shape in (s for s in shapes if s.fits(form, 4096)):
-        constants = cuda_stream.defines(form, shape, x_half=0, y_type=1, bias_type=0, activation=4)
+        constants = cuda_stream.defines(form, shape, **more)
         text = cuda_stream.source(form, shape, False)
         assert nvrtc.compile_source(text, dict(constants), "sm_90a")[:4] == b"\x7fELF"
     if not form.row_major:
         cut = cuda_pipeline.cut_for(get_scheme(scheme), 4096, 4096, 64, "none")
         shape = cut.shape
-        constants = cuda_stream.defines(form, shape, x_half=0, y_type=1, bias_type=0, activation=4)
+        constants = cuda_stream.defines(form, shape, **more)
         text = cuda_pipeline.source(form, cut, False)
         assert nvrtc.compile_source(text, dict(constants), "sm_90a")[:4] == b"\x7fELF"
         text = cuda_stream.text_of(*cuda_prefill.SOURCES)
@@ -253,6 +255,33 @@ def test_exact_and_within_bounds(kernel, scheme):
         epilogue = "silu" if bias and KERNELS[kernel].epilogues else ""
         oracles.elementwise_bound(kernel, scheme, rows, n, k, dtype, bias, "cuda", epilogue)
     oracles.recipe_sqnr(kernel, scheme, torch.bfloat16, "cuda")
+
+
+GATED = [(kernel, scheme) for kernel, scheme in CASES if "silu_mul" in KERNELS[kernel].epilogues]
+
+
+@needs_hopper
+@pytest.mark.parametrize("kernel, scheme", GATED)
+@torch.no_grad()
+def test_gates_are_within_bounds(kernel, scheme):
+    """Both halves of the channels in whole tiles, as few as one, and more than a block has."""
+    row = max(get_scheme(scheme).weight.group_size or 0, 128)
+    sizes = itertools.cycle([(32, 4 * row), (96, 2 * row), (544, 1024), (1312, 3 * row)])
+    dtypes = itertools.cycle([torch.bfloat16, torch.float16])
+    gates = itertools.cycle(["silu_mul", "gelu_tanh_mul", "gelu_mul", "relu_mul"])
+    for rows, bias in itertools.product(ROWS, (False, True)):
+        (n, k), dtype, gate = next(sizes), next(dtypes), next(gates)
+        oracles.elementwise_bound(kernel, scheme, rows, n, k, dtype, bias, "cuda", gate)
+
+
+def test_an_odd_cut_is_paired_for_gates():
+    form = cuda_layout.format_of(get_scheme("int8wo"))
+    even = Shape(4, 2, 2, 1, 128, 4)
+    assert even.paired(form, 4096) == even
+    assert Shape(1, 16, 1, 1, 128, 3).paired(form, 4096) == Shape(1, 8, 2, 1, 128, 3)
+    wide = Shape(7, 1, 1, 1, 256, 6)
+    assert wide.fits(form, 4096) and wide.paired(form, 4096).fits(form, 4096)
+    assert wide.paired(form, 4096).warps_n % 2 == 0 or wide.paired(form, 4096).row_tiles % 2 == 0
 
 
 @needs_hopper

@@ -6,7 +6,8 @@
 //   STEP (k of a pipeline stage), STAGES; WARPGROUP: four warps multiply together (wgmma);
 //   BLOCKS of threads that a multiprocessor should hold; SPLITS;
 //   Y_TYPE, BIAS_TYPE: 0 none, 1 bfloat16, 2 float16, 3 float32; ACTIVATION: 0 none, 1 relu,
-//   2 gelu, 3 gelu_tanh, 4 silu.
+//   2 gelu, 3 gelu_tanh, 4 silu; GATED: the activation of the first half of the channels times the
+//   second half is the result.
 
 typedef unsigned int u32;
 typedef unsigned short u16;
@@ -19,6 +20,12 @@ constexpr int GROUP_THREADS = 32 * WARPS_N;  // the warps that share a part of k
 constexpr int THREADS = GROUP_THREADS * WARPS_K;
 constexpr bool INTEGER = X_BITS == 8 && !FLOAT8;
 constexpr bool GROUPED = CHUNK != 0;
+constexpr int OUTPUTS = GATED ? ROWS / 2 : ROWS;  // channels of y that a block makes
+
+// Where in the weight a block's tile is. Gated, a block has tiles of both halves, in turns.
+__device__ __forceinline__ int tile_at(int tile, int n) {
+  return GATED ? tile % 2 * (n / 32) + tile / 2 : tile;
+}
 
 constexpr int BLOCK_BYTES = 64 * BITS;  // 16 rows, 32 k
 constexpr int QPARAM_BYTES = GROUPED ? (ZERO ? 64 : 32) : 0;

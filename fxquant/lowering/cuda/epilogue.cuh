@@ -15,17 +15,30 @@ __device__ __forceinline__ float bias_at(const void* bias, int n) {
 
 constexpr bool SCALED = !GROUPED || X_BITS == 16;  // by one scale a channel, after the sum
 
-__device__ __forceinline__ float finish(float y, float x_scale, float x_zero, float w_scale, float w_sum, float bias) {
+__device__ __forceinline__ float scaled(float y, float x_scale, float x_zero, float w_scale, float w_sum, float bias) {
   if (X_ZERO) y -= x_zero * w_sum;
   if (X_BITS == 8) y *= x_scale;
   if (SCALED) y *= w_scale;
-  return activate(y + bias);
+  return y + bias;
 }
 
 template <class Arguments>
-__device__ __forceinline__ float finish_at(const Arguments& p, float y, int m, int n) {
-  return finish(y, X_BITS == 8 ? p.x_scale[m] : 1.0f, X_ZERO ? p.x_zero[m] : 0.0f,
+__device__ __forceinline__ float scaled_at(const Arguments& p, float y, int m, int n) {
+  return scaled(y, X_BITS == 8 ? p.x_scale[m] : 1.0f, X_ZERO ? p.x_zero[m] : 0.0f,
                 SCALED ? p.w_scale[n] * SUM_FACTOR : 1.0f, X_ZERO ? p.w_sum[n] : 0.0f, bias_at(p.bias, n));
+}
+
+// A block's channel of y, in a block's channels of the weight: its own, or that of the first half; the
+// second half's is a tile further.
+__device__ __forceinline__ constexpr int row_of(int output) {
+  return GATED ? output / 16 * 32 + output % 16 : output;
+}
+
+// y at token m and channel n. total(row): the sum for a block's channel of the weight.
+template <class Arguments, class Total>
+__device__ __forceinline__ float result_at(const Arguments& p, const Total& total, int m, int n, int output) {
+  const float y = activate(scaled_at(p, total(row_of(output)), m, n));
+  return GATED ? y * scaled_at(p, total(row_of(output) + 16), m, n + p.n / 2) : y;
 }
 
 // Where in the cluster's memory another block has what this one has at the same place

@@ -111,7 +111,7 @@ __device__ __forceinline__ void fetch(const Arguments& p, u32 ring, u32 full, u3
   Place place;
   for (Walk walk(p); walk.more(); walk.next()) {
     const int2 at = walk.at();
-    const int tile = min(at.x * TILES + lane, last);
+    const int tile = min(tile_at(at.x * TILES + lane, p.n), last);
     const char* weight = p.weight + tile * row_bytes;
     for (int i = blockIdx.x % SPLITS; i < steps; i += SPLITS) {
       const u32 stage = ring + place.stage * STAGE_BYTES, barrier = full + 8 * place.stage;
@@ -128,17 +128,34 @@ __device__ __forceinline__ void fetch(const Arguments& p, u32 ring, u32 full, u3
   }
 }
 
+// The activation of eight numbers times eight others, of y's type as all that is written to shared memory
+__device__ __forceinline__ Words<4> gate(const Words<4>& a, const Words<4>& b) {
+  Words<4> v;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    v.w[i] = 0;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const float x = widen(static_cast<u16>(a.w[i] >> (16 * half)), Y_TYPE);
+      const float y = widen(static_cast<u16>(b.w[i] >> (16 * half)), Y_TYPE);
+      v.w[i] |= static_cast<u32>(narrow(activate(x) * y, Y_TYPE)) << (16 * half);
+    }
+  }
+  return v;
+}
+
 // The sums of a warpgroup to y, by way of shared memory, where tokens become rows
 __device__ __forceinline__ void write(const Arguments& p, u32 part, int2 at, int warp, int lane, const Sums& sums) {
   const int group = warp / 4, in_group = warp % 4 * 32 + lane;
   const int first_token = at.y * TOKENS;
-  const int group_n = (at.x * TILES + group * 4 * ROW_TILES) * 16;
+  const int first_tile = at.x * TILES + group * 4 * ROW_TILES, outputs = GATED ? p.n / 2 : p.n;
   float scale[ROW_TILES][2], bias[ROW_TILES][2], w_sum[ROW_TILES][2];
 #pragma unroll
   for (int r = 0; r < ROW_TILES; ++r)
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int n = min(group_n + (warp % 4 * ROW_TILES + r) * 16 + lane / 4 + 8 * half, p.n - 1);
+      const int tile = tile_at(first_tile + warp % 4 * ROW_TILES + r, p.n);
+      const int n = min(tile * 16 + lane / 4 + 8 * half, p.n - 1);
       scale[r][half] = SCALED ? p.w_scale[n] * SUM_FACTOR : 1.0f;
       w_sum[r][half] = X_ZERO ? p.w_sum[n] : 0.0f;
       bias[r][half] = bias_at(p.bias, n);
@@ -166,7 +183,8 @@ __device__ __forceinline__ void write(const Arguments& p, u32 part, int2 at, int
 #pragma unroll
           for (int t = 0; t < 2; ++t) {
             const float sum = sums[r][j + i / 2][2 * half + t];
-            y[t] = finish(sum, x_scale[i / 2][t], x_zero[i / 2][t], scale[r][half], w_sum[r][half], bias[r][half]);
+            y[t] = scaled(sum, x_scale[i / 2][t], x_zero[i / 2][t], scale[r][half], w_sum[r][half], bias[r][half]);
+            if (!GATED) y[t] = activate(y[t]);
           }
           pair[i] = narrow(y[0], Y_TYPE) | static_cast<u32>(narrow(y[1], Y_TYPE)) << 16;
         }
@@ -178,20 +196,22 @@ __device__ __forceinline__ void write(const Arguments& p, u32 part, int2 at, int
       }
     }
     group_sync(group);
-    constexpr int PER_TOKEN = GROUP_ROWS / 8;
+    constexpr int PER_TOKEN = GROUP_ROWS / (GATED ? 16 : 8);
 #pragma unroll
-    for (int i = 0; i < PART * PER_TOKEN / 128; ++i) {
-      const int token = (i * 128 + in_group) / PER_TOKEN, piece = (i * 128 + in_group) % PER_TOKEN;
-      const int m = first_token + first + token, n = group_n + piece * 8;
-      const Words<4> v = load_shared<4>(part + token * PART_PITCH + piece * 16);
-      if (m >= p.m || n >= p.n) continue;
-      u16* to = p.y + static_cast<u64>(m) * p.n + n;
-      if (p.n % 8 == 0) {
+    for (int i = in_group; i < PART * PER_TOKEN; i += 128) {
+      const int token = i / PER_TOKEN, piece = i % PER_TOKEN;
+      const int m = first_token + first + token, n = first_tile * (GATED ? 8 : 16) + piece * 8;
+      const u32 from = part + token * PART_PITCH + 2 * row_of(piece * 8);
+      Words<4> v = load_shared<4>(from);
+      if (GATED) v = gate(v, load_shared<4>(from + 32));
+      if (m >= p.m || n >= outputs) continue;
+      u16* to = p.y + static_cast<u64>(m) * outputs + n;
+      if (outputs % 8 == 0) {
         *reinterpret_cast<uint4*>(to) = make_uint4(v.w[0], v.w[1], v.w[2], v.w[3]);
       } else {
 #pragma unroll
         for (int c = 0; c < 8; ++c)
-          if (n + c < p.n) to[c] = static_cast<u16>(v.w[c / 2] >> (c % 2 * 16));
+          if (n + c < outputs) to[c] = static_cast<u16>(v.w[c / 2] >> (c % 2 * 16));
       }
     }
   }
@@ -213,32 +233,39 @@ __device__ __forceinline__ void reduce(const Arguments& p, u32 memory, int2 at, 
       }
   cluster_barrier();
   const int first_token = at.y * TOKENS, tokens = min(TOKENS, p.m - first_token);
+  const int outputs = GATED ? p.n / 2 : p.n;
 #pragma unroll 2
-  for (int i = blockIdx.x % SPLITS * CONSUMERS + threadIdx.x; i < tokens * (ROWS / 4); i += SPLITS * CONSUMERS) {
-    const int token = i / (ROWS / 4), row = i % (ROWS / 4) * 4, n = at.x * ROWS + row, m = first_token + token;
-    if (n >= p.n) continue;
-    float sum[4] = {};
+  for (int i = blockIdx.x % SPLITS * CONSUMERS + threadIdx.x; i < tokens * (OUTPUTS / 4); i += SPLITS * CONSUMERS) {
+    const int token = i / (OUTPUTS / 4), output = i % (OUTPUTS / 4) * 4, n = at.x * OUTPUTS + output;
+    const int m = first_token + token;
+    if (n >= outputs) continue;
+    float sum[GATED ? 2 : 1][4] = {};
 #pragma unroll
-    for (int part = 0; part < SPLITS; ++part) {
-      const u32 from = remote_address(memory + 4 * (token * PITCH + row), part);
-      float v[4];
-      asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
-                   : "=f"(v[0]), "=f"(v[1]), "=f"(v[2]), "=f"(v[3])
-                   : "r"(from)
-                   : "memory");
+    for (int half = 0; half < (GATED ? 2 : 1); ++half)
 #pragma unroll
-      for (int c = 0; c < 4; ++c) sum[c] += v[c];
-    }
-    u16* to = p.y + static_cast<u64>(m) * p.n + n;
+      for (int part = 0; part < SPLITS; ++part) {
+        const u32 from = remote_address(memory + 4 * (token * PITCH + row_of(output) + 16 * half), part);
+        float v[4];
+        asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
+                     : "=f"(v[0]), "=f"(v[1]), "=f"(v[2]), "=f"(v[3])
+                     : "r"(from)
+                     : "memory");
+#pragma unroll
+        for (int c = 0; c < 4; ++c) sum[half][c] += v[c];
+      }
+    u16* to = p.y + static_cast<u64>(m) * outputs + n;
     u16 y[4];
 #pragma unroll
-    for (int c = 0; c < 4; ++c) y[c] = narrow(finish_at(p, sum[c], m, min(n + c, p.n - 1)), Y_TYPE);
-    if (p.n % 4 == 0) {
+    for (int c = 0; c < 4; ++c) {
+      auto total = [&](int row) { return sum[GATED && row != row_of(output + c)][c]; };
+      y[c] = narrow(result_at(p, total, m, min(n + c, outputs - 1), output + c), Y_TYPE);
+    }
+    if (outputs % 4 == 0) {
       *reinterpret_cast<uint2*>(to) = make_uint2(y[0] | static_cast<u32>(y[1]) << 16, y[2] | static_cast<u32>(y[3]) << 16);
     } else {
 #pragma unroll
       for (int c = 0; c < 4; ++c)
-        if (n + c < p.n) to[c] = y[c];
+        if (n + c < outputs) to[c] = y[c];
     }
   }
 }

@@ -55,7 +55,8 @@ extern "C" __global__ void __cluster_dims__(1, 1, SPLITS) __launch_bounds__(THRE
 #pragma unroll
   for (int i = 0; i < ROUNDS; ++i) {
     const int at = (i * 32 + lane) * 16, row = at / PIECE_ROW, part = at % PIECE_ROW;
-    from[i] = min(first_tile * PIECE_ROWS + row, last) * row_bytes + part;
+    const int tile = tile_at(first_tile + row / PIECE_ROWS, p.n);
+    from[i] = min(tile * PIECE_ROWS + row % PIECE_ROWS, last) * row_bytes + part;
     to[i] = row * PIECE_STRIDE + part;
   }
   auto fetch_weights = [&](int i) {
@@ -131,17 +132,21 @@ extern "C" __global__ void __cluster_dims__(1, 1, SPLITS) __launch_bounds__(THRE
         parts[(group * COLUMNS + token) * PITCH + row] = sums[r][j][i];
       }
   cluster_barrier();
-  for (int at = blockIdx.z * THREADS + threadIdx.x; at < tokens * ROWS; at += SPLITS * THREADS) {
-    const int token = at / ROWS, row = at % ROWS, n = blockIdx.x * ROWS + row, m = first_token + token;
-    if (n >= p.n) continue;
-    Sum sum = 0;
+  const int outputs = GATED ? p.n / 2 : p.n;
+  for (int at = blockIdx.z * THREADS + threadIdx.x; at < tokens * OUTPUTS; at += SPLITS * THREADS) {
+    const int token = at / OUTPUTS, n = blockIdx.x * OUTPUTS + at % OUTPUTS, m = first_token + token;
+    if (n >= outputs) continue;
+    auto total = [&](int row) {
+      Sum sum = 0;
 #pragma unroll
-    for (int part = 0; part < PARTS_K; ++part) {
-      Sum* from = &parts[(part % WARPS_K * COLUMNS + token) * PITCH + row];
-      sum += SPLITS == 1 ? *from : as_sum(load_remote(shared_address(from), part / WARPS_K), from);
-    }
-    const float y = finish_at(p, static_cast<float>(sum), m, n);
-    const u64 to = static_cast<u64>(m) * p.n + n;
+      for (int part = 0; part < PARTS_K; ++part) {
+        Sum* from = &parts[(part % WARPS_K * COLUMNS + token) * PITCH + row];
+        sum += SPLITS == 1 ? *from : as_sum(load_remote(shared_address(from), part / WARPS_K), from);
+      }
+      return static_cast<float>(sum);
+    };
+    const float y = result_at(p, total, m, n, at % OUTPUTS);
+    const u64 to = static_cast<u64>(m) * outputs + n;
     if (Y_TYPE == 3)
       static_cast<float*>(p.y)[to] = y;
     else
