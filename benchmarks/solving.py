@@ -1,7 +1,7 @@
 """How long a weight solver takes for a whole decoder of Llama's shape, and how much memory.
 
     PYTHONPATH=. python benchmarks/solving.py [--shape llama3-8b] [--layers 0] [--scheme int4wo-128]
-        [--solver gptq] [--sequences 128] [--length 2048] [--batch 4] [--keep cpu] [--host] [--out benchmarks/results]
+        [--solver gptq] [--sequences 128] [--length 2048] [--batch 4] [--keep cpu] [--host] [--out DIR]
 
 Random bfloat16 weights and tokens: neither changes what is computed. ``--host`` keeps the model on the
 CPU, so that only a segment of it is on the GPU. The target: Llama-3-8B's shape on 128 x 2048 tokens in ten

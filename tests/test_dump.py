@@ -48,14 +48,14 @@ def test_a_file_after_every_pass_and_a_diff_between_two(graphs, tmp_path):
     assert "fxquant.quantize.default" in texts["02_quantized"]
     assert "self.folded_0" in texts["03_folded"]
     assert "'gelu'" in texts["04_fused"] and "aten.gelu" not in texts["04_fused"]
-    assert "fxquant.linear" not in texts["07_lowered"]
-    assert texts["08_verified"] == texts["07_lowered"]
+    assert "fxquant.linear" not in texts["08_lowered"]
+    assert texts["09_verified"] == texts["08_lowered"]
 
 
 def test_a_graph_is_readable(graphs, tmp_path):
     """Shapes, strides, the user's lines, and what each fold computes for which layer."""
     run(MLP(), scheme="int4wo-32", dump_dir=str(tmp_path))
-    text = (tmp_path / "graph_0" / "07_lowered.py").read_text()
+    text = (tmp_path / "graph_0" / "08_lowered.py").read_text()
     assert "f32[5, 64][64, 1]cpu" in text
     assert "return self.down(nn.functional.gelu(self.up(x)))" in text
     for layer in ("up", "down"):
@@ -156,14 +156,14 @@ def test_nothing_is_written_unasked(graphs, tmp_path, monkeypatch):
 
 def test_explain_dumps_too(tmp_path):
     fxquant.explain(MLP(), X, options={"scheme": "int8wo", "dump_dir": tmp_path})
-    assert "07_lowered.py" in files(tmp_path / "graph_0")
+    assert "08_lowered.py" in files(tmp_path / "graph_0")
 
 
 def test_what_was_done_before_a_failure_is_there(tmp_path):
     with pytest.raises(Exception, match="fell back"):
         run(MLP().double(), X.double(), scheme="int4wo-32", strict=True, dump_dir=tmp_path)
     assert files(tmp_path / "graph_0") >= {"06_merged.py", "06_merged.diff"}
-    assert "07_lowered.py" not in files(tmp_path / "graph_0")
+    assert "08_lowered.py" not in files(tmp_path / "graph_0")
 
 
 def test_dumps_of_passes_run_by_hand(tmp_path):

@@ -24,6 +24,7 @@ TAKES = [
     (passes.fold_qparams, {"reference", "fused", "lowered"}, None),
     (passes.fuse, {"reference"}, "fused"),
     (passes.merge, {"fused"}, "fused"),
+    (passes.gate, {"fused"}, "fused"),
     (passes.lower(), {"fused"}, "lowered"),
     (passes.verify, set(STAGES), None),
 ]
@@ -61,6 +62,7 @@ def test_the_pipeline_leads_from_stage_to_stage():
         "fused",
         "handed_over",
         "merged",
+        "gated",
         "lowered",
         "verified",
     ]
@@ -99,6 +101,7 @@ def test_modified_tells_whether_anything_changed():
         "fused": True,
         "handed_over": False,
         "merged": False,
+        "gated": False,
         "lowered": True,
         "verified": False,
     }
