@@ -215,34 +215,50 @@ def build(
     dtype: torch.dtype = torch.bfloat16,
     **layout: bool,
 ) -> tuple[Decoder, float]:
-    """The decoder with seeded weights, each part converted as soon as it is filled; seconds of that.
+    """The decoder with seeded weights, each linear converted as soon as it is filled; seconds of that.
 
-    The weights depend on the seed and the kind of device alone, not on ``convert`` or ``layout``'s
+    So memory is what the conversion of a model needs whose float weights come from elsewhere, one by
+    one. The weights depend on the seed and the kind of device alone, not on ``convert`` or ``layout``'s
     ``plain``. Activations stay near 1 in every layer.
     """
     with torch.device("meta"):
         model = Decoder(shape, **layout)
     seconds = 0.0
     for seed, part in enumerate([model.embedding, *model.blocks, model.head]):
-        part.to(dtype).to_empty(device=device)
+        part.to(dtype).requires_grad_(False)
         random = torch.Generator(device).manual_seed(seed)
-        for name, parameter in part.named_parameters():
-            parameter.requires_grad_(False)
-            if "norm" in name:
-                parameter.normal_(1.0, 0.1, generator=random)
-            elif part is model.embedding:
-                parameter.normal_(generator=random)
-            else:
-                ends = name.endswith(("o_proj.weight", "down_proj.weight"))
-                scale = (2 * shape.layers) ** -0.5 if ends else 1.0
-                parameter.normal_(0.0, scale * parameter.shape[1] ** -0.5, generator=random)
-        if part is not model.embedding:
-            synchronize()
-            started = time.perf_counter()
-            convert(part)
-            synchronize()
-            seconds += time.perf_counter() - started
+        for name, module in list(part.named_modules()):
+            module.to_empty(device=device, recurse=False)
+            for parameter in module.parameters(recurse=False):
+                if "norm" in name:
+                    parameter.normal_(1.0, 0.1, generator=random)
+                elif part is model.embedding:
+                    parameter.normal_(generator=random)
+                else:
+                    scale = (2 * shape.layers) ** -0.5 if name.endswith(ENDS) else 1.0
+                    parameter.normal_(0.0, scale * parameter.shape[1] ** -0.5, generator=random)
+            if isinstance(module, nn.Linear):
+                seconds += _convert(part, name, convert)
+        if device.type == "cuda":
+            torch.cuda.empty_cache()  # what float weights have left behind serves nothing any more
     return model.eval().requires_grad_(False), seconds
+
+
+ENDS = ("o_proj", "down_proj")
+"""The linears whose outputs are added to the residual stream."""
+
+
+def _convert(part: nn.Module, name: str, convert: Convert) -> float:
+    """Convert one linear of ``part``, alone in a model of its own; the seconds it took."""
+    parent, _, child = name.rpartition(".")
+    holder = nn.ModuleDict({child: part.get_submodule(name)})
+    synchronize()
+    started = time.perf_counter()
+    convert(holder)
+    synchronize()
+    seconds = time.perf_counter() - started
+    setattr(part.get_submodule(parent), child, holder[child])
+    return seconds
 
 
 def conversion(contender: str) -> Convert:

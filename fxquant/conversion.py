@@ -67,11 +67,14 @@ def quantize(
 
     solver: how codes are found, one of ``fxquant.solvers``; None is plain round to nearest. With
     ``batches`` (as for ``calibrate``) layers are solved in the order of the graph, each on inputs that
-    carry the error of those before, a segment at a time on ``device`` (where the model is); between
+    carry the error of those before, a segment at a time on ``device``; between
     segments the batches' values wait on the "cpu", on "disk" or on the "device" (``keep``). What is
     solved is written to ``folder``, from which a run that was interrupted goes on. Without batches, a
     solver that needs data takes statistics of the kind "gram": each layer is solved on the float model's
     inputs. That serves models which are not one graph.
+
+    device: where codes are found, by default where the model is. A model on the CPU can be quantized by a
+    GPU that has no room for it: one weight after another goes there, and its codes come back.
 
     Everything is checked before anything is changed, and nothing is before all is solved:
     UnknownScheme, InvalidRule, UnusedRule, GroupSizeMismatch, UnsupportedDtype, NonFiniteWeight,
@@ -80,7 +83,7 @@ def quantize(
     """
     given, model = model, getattr(model, "_orig_mod", model)
     rules, solver = Recipe.of(recipe), None if solver is None else get_solver(solver)
-    _check_options(stats, smooth, solver, batches, {"device": device, "folder": folder})
+    _check_options(stats, smooth, solver, batches, folder)
     check_ranges(ranges)
     plan = planned(model, rules)
     rules.check_used(linears_of([model]))
@@ -109,6 +112,7 @@ def quantize(
         )
         for name, (module, scheme) in _once(plan).items()
     }
+    place = None if device is None else torch.device(device)
     solved: Mapping[str, Coded] = {}
     if batches is not None:
         assert solver is not None
@@ -118,7 +122,7 @@ def quantize(
             targets,
             solver,
             folds.rounded,
-            device=torch.device(device) if device is not None else _device(model),
+            device=place or _device(model),
             keep=keep,
             folder=None if folder is None else Path(folder),
             progress=progress,
@@ -127,11 +131,11 @@ def quantize(
         assert stats is not None
         grams = {name: _gram(name, stats, folds) for name in targets}
         solved = {
-            name: solver(target.weight(), target.scheme.weight, grams[name], layer=name)
+            name: _codes(target, place, solver, name, grams[name])
             for name, target in targets.items()
         }
     else:
-        solved = _solved(plan, targets, solver)
+        solved = _solved(plan, targets, solver, place)
     _convert(model, plan, targets, solved)
     folds.apply(model)
     return given
@@ -144,13 +148,12 @@ def _once(plan: Mapping[str, tuple[nn.Module, Scheme]]) -> dict[str, tuple[nn.Mo
 
 
 def _check_options(
-    stats: Any, smooth: Any, solver: Solver | None, batches: Any, running: Mapping[str, Any]
+    stats: Any, smooth: Any, solver: Solver | None, batches: Any, folder: Any
 ) -> None:
     if batches is not None:
         refuse_single(batches)
-    elif idle := [name for name, value in running.items() if value is not None]:
-        value, expected = running[idle[0]], "nothing, without batches to run"
-        raise InvalidOption(name=idle[0], value=value, expected=expected)
+    elif folder is not None:
+        raise InvalidOption(name="folder", value=folder, expected="nothing, without batches to run")
     if smooth is not None and smooth is not False and stats is None:
         expected = "stats beside it, as fxquant.calibrate returns them"
         raise InvalidOption(name="smooth", value=smooth, expected=expected)
@@ -260,6 +263,7 @@ def _solved(
     plan: Mapping[str, tuple[nn.Module, Scheme]],
     targets: Mapping[str, Target],
     solver: Solver | None,
+    place: torch.device | None,
 ) -> dict[str, Coded]:
     """Without data, each weight once."""
     shared: dict[tuple[int, str], Coded] = {}
@@ -267,13 +271,28 @@ def _solved(
     for name, target in targets.items():
         key = (id(_parameter(plan[name][0])), target.scheme.name)
         if key not in shared:
-            weight, spec = target.weight(), target.scheme.weight
-            plain = solver is None or weight.is_meta
-            shared[key] = (
-                (spec.quantize_weight(weight), None) if plain else solver(weight, spec, layer=name)  # type: ignore[misc]
-            )
+            shared[key] = _codes(target, place, solver, name)
         found[name] = shared[key]
     return found
+
+
+def _codes(
+    target: Target,
+    place: torch.device | None,
+    solver: Solver | None,
+    name: str,
+    gram: Gram | None = None,
+) -> Coded:
+    """Of one weight, found at ``place`` (where the weight is, if None) and brought home."""
+    weight, spec = target.weight(), target.scheme.weight
+    if weight.is_meta:
+        return spec.quantize_weight(weight), None
+    if place is not None:
+        weight, gram = weight.to(place), None if gram is None else gram.to(place)
+    if solver is None:
+        return spec.quantize_weight(weight).to(target.home), None
+    solution = solver(weight, spec, gram, layer=name)
+    return solution._replace(quantized=solution.quantized.to(target.home))
 
 
 def _device(model: nn.Module) -> torch.device:

@@ -66,14 +66,37 @@ _MANY = [
 MULTIPROCESSORS = 132
 """Of a Hopper GPU: with fewer blocks than this, k is split among more."""
 
+_STEPS = ((128, 3), (128, 4), (128, 6), (256, 3), (256, 4))
+"""Values of k in a stage, and stages."""
+
+
+def _even_waves(n: int) -> list[tuple[int, ...]]:
+    """Cuts like those of _FEW whose blocks keep all multiprocessors busy to the end: one or two for each,
+    few left idle. (28672 channels are 256 blocks of 112: seven tiles.)"""
+    filled = {}
+    for warps_n, tiles in itertools.product(range(1, 9), (1, 2)):
+        blocks = -(-n // (cuda_layout.TILE * warps_n * tiles))
+        waves = -(-blocks // MULTIPROCESSORS)
+        if waves <= 2:
+            filled[warps_n, tiles] = blocks / (waves * MULTIPROCESSORS)
+    best = sorted(filled, key=lambda cut: -filled[cut])[:3]
+    return [
+        (warps_n, warps_k, tiles, step, stages, 0, 1)
+        for (warps_n, tiles), warps_k, (step, stages) in itertools.product(
+            best, (1, 2, 4, 8), _STEPS
+        )
+        if filled[warps_n, tiles] > 0.85 and 4 <= warps_n * warps_k <= 16
+    ]
+
 
 def stream_cuts(scheme: Scheme, n: int, k: int, rows: int) -> list[Shape]:
     """The ways to cut ``cuda_stream``'s blocks that are worth a measurement."""
     form = cuda_layout.format_of(scheme)
     if rows <= 16:
-        tokens, parts = [rows if rows == 1 else -(-rows // 8) * 8], _FEW if rows == 1 else _SOME
+        tokens = [rows if rows == 1 else -(-rows // 8) * 8]
+        parts = dict.fromkeys([*(_FEW if rows == 1 else _SOME), *_even_waves(n)])
     else:
-        tokens, parts = [min(-(-rows // 16) * 16, 128)], _MANY
+        tokens, parts = [min(-(-rows // 16) * 16, 128)], dict.fromkeys(_MANY)
     if rows > 128:
         tokens = [128, 256]
     found = []
