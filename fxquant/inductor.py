@@ -143,6 +143,11 @@ def trace_decomposed(function: Callable, *values: Any) -> fx.GraphModule:
     return _trace(function, values, decomposition_table=select_decomp_table())
 
 
+def realize(node: fx.Node) -> None:
+    """Inductor is to keep what ``node`` computes in a buffer, and not to write it into each use."""
+    node.meta["inductor_realize_to_strides"] = True
+
+
 def _trace(function: Callable, values: Sequence[Any], **settings: Any) -> fx.GraphModule:
     mode = _mode_of(values)
     assert mode is not None, "tracing needs fake values"

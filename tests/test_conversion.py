@@ -181,3 +181,23 @@ def test_loading_a_wrong_shape_is_refused():
     state["up.scale"] = state["up.scale"][:, :1]
     with pytest.raises(RuntimeError, match=r"up\.scale has shape \[128, 1\].*expected \[128, 2\]"):
         model.load_state_dict(state)
+
+
+def test_codes_come_home_from_another_device(monkeypatch):
+    """The weights go where the codes are found, one at a time, and the codes to where the model is."""
+    seen: list[str] = []
+    move = torch.Tensor.to
+
+    def to(self, *args, **kwargs):
+        seen.extend(str(a) for a in args if isinstance(a, torch.device))
+        return move(self, *args, **kwargs)
+
+    model, wanted = MLP(), MLP()
+    wanted.load_state_dict(model.state_dict())
+    monkeypatch.setattr(torch.Tensor, "to", to)
+    fxquant.quantize(model, "int4wo-32", device="cpu")
+    monkeypatch.undo()
+    assert seen.count("cpu") >= 2 * 2, "two linears there, and their codes back"
+    fxquant.quantize(wanted, "int4wo-32")
+    for name, tensor in wanted.state_dict().items():
+        assert torch.equal(model.state_dict()[name], tensor)

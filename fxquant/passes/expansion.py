@@ -8,7 +8,7 @@ import torch
 from torch import fx
 
 from ..graph import describe, inline, replace, value
-from ..inductor import trace_decomposed
+from ..inductor import realize, trace_decomposed
 from ..ops import quantize, quantize_static
 
 ops = torch.ops.fxquant
@@ -46,6 +46,8 @@ def _expand_one(graph: fx.Graph, node: fx.Node, bodies: dict[Any, fx.GraphModule
         bodies[key] = trace_decomposed(compute, *values)
     with graph.inserting_before(node):
         results = inline(graph, node, bodies[key], tensors)
+    for qparam in results[1:] if isinstance(results, (list, tuple)) else ():
+        realize(qparam)  # otherwise the codes' loop, and all others, would compute it again
     if isinstance(results, fx.Node):
         replace(node, results)
         return
