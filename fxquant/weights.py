@@ -20,7 +20,7 @@ from torch import fx, nn
 from .errors import NonFiniteWeight
 from .inductor import nbytes
 from .lowering.kernel import LAYOUTS
-from .scheme import Quantized, get_scheme
+from .scheme import get_scheme
 
 ops = torch.ops.fxquant
 Fingerprint = tuple[tuple[int, int], ...]
@@ -234,7 +234,8 @@ def _restore_plan(
     owned = [weakref.ref(t) for group in parts for t in group]
 
     def refill(packed: Sequence[torch.Tensor]) -> None:
-        canonical: Quantized = layout.unpack(scheme, packed, n, k)
+        q = layout.unpack(scheme.product, packed, n, k)
+        canonical = scheme.product.weight.recoded(q, scheme.weight)
         alive = iter(owned)
         for whole, group in zip(canonical, parts_sizes, strict=True):
             if whole is None:

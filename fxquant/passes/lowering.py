@@ -93,7 +93,7 @@ def _lower_one(
         bias = _with_zero(graph, node, a, bodies)
         key = (a.codes, choice.layout.name)
         if key not in packed:
-            args = (a.codes, a.scale, a.zero, problem.scheme.name, choice.layout.name)
+            args = (a.codes, a.scale, a.zero, a.scheme, choice.layout.name)
             bundle = emit(graph, node, ops.pack.default, *args)
             packed[key] = [
                 emit(graph, node, operator.getitem, bundle, i) for i in range(len(value(bundle)))
