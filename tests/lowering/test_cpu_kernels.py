@@ -12,6 +12,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from fxquant.lowering import native
 from fxquant.lowering.kernel import KERNELS, Device, M, Problem
 from fxquant.lowering.native_linear import LAYOUT, native_linear, pack, unpack
+from fxquant.lowering.select import select
 from fxquant.ops import ACTIVATIONS
 from fxquant.scheme import SCHEMES, Quantized, get_scheme
 from tests import oracles
@@ -281,6 +282,16 @@ def test_faults_are_refused(kernel: str, scheme: str) -> None:
     for fault in KERNELS[kernel].faults:
         assert KERNELS[kernel].refusal(replace(sound, **fault)), fault
     assert KERNELS[kernel].refusal(replace(sound, device=replace(CPU, type="cuda")))
+
+
+@pytest.mark.parametrize("scheme", ["int8wo", "fp8wo", "int4wo-64", "int3wo-64", "int2wo-32"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_writing_the_weight_out_pays_at_thousands_of_rows(scheme: str, dtype: torch.dtype) -> None:
+    """On one core 147 ms instead of 61 for int4wo-64 at 128 x 8192 x 2048."""
+    row = get_scheme(scheme).product
+    at = Problem(scheme=row, n=8192, k=2048, m=None, dtype=dtype, bias=False, device=CPU)
+    chosen = select(at)
+    assert {chosen.at(rows).layout.name for rows in (1, 16, 128, 512)} == {LAYOUT.name}
 
 
 @pytest.mark.parametrize("kernel, scheme", ONE_OF_EACH)
