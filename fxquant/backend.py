@@ -23,7 +23,7 @@ from .errors import (
     RecipeConflict,
 )
 from .graph import Layer, layers, parameters
-from .inductor import compile_graph
+from .inductor import Regions, compile_graph
 from .lifting import Rewritten, lift, sources_hash
 from .modules import QuantLinear
 from .passes import pipeline
@@ -147,6 +147,7 @@ def rewrite(
             raise
         log.warning("%s", error)
         return None
+    Regions.record(canonical.graph)
     dump = Dump(config.dump_dir)
     dump.graph("captured", canonical)
     models = learn_names()

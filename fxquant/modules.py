@@ -25,6 +25,13 @@ def smoothed(x: torch.Tensor, smoothing: torch.Tensor) -> torch.Tensor:
     return (wide / smoothing).to(x.dtype)
 
 
+def autocasted(x: Any) -> Any:
+    """What an op that autocast knows makes of ``x``: under ``torch.autocast`` in its dtype."""
+    if x is None or not torch.is_autocast_enabled(x.device.type) or x.dtype == torch.float64:
+        return x
+    return x.to(torch.get_autocast_dtype(x.device.type))
+
+
 def quantized_input(
     x: torch.Tensor, scheme: Scheme, smoothing: torch.Tensor | None, qparams: Qparams | None
 ) -> torch.Tensor:
@@ -40,7 +47,8 @@ def quantized_input(
 
 
 class QuantLinear(nn.Module):
-    """``y = x @ dequantize(codes, scale, zero).T + bias`` in the arithmetic of its scheme.
+    """``y = x @ dequantize(codes, scale, zero).T + bias`` in the arithmetic of its scheme; under
+    ``torch.autocast``, as ``nn.Linear``, of an input in its dtype.
 
     codes [N, K] (sub-byte ones packed along K), scale [N, K / block], zero like scale or None;
     bias [N] or None. smoothing [K] float32 or None: what the inputs are divided by first, where no norm
@@ -92,7 +100,8 @@ class QuantLinear(nn.Module):
         if not torch.compiler.is_compiling():
             self._restore()
         x = input if self.smoothing is None else smoothed(input, self.smoothing)
-        weight = (self._codes, self._scale, self._zero, self.bias, self.scheme, "")
+        x, bias = autocasted(x), autocasted(self.bias)
+        weight = (self._codes, self._scale, self._zero, bias, self.scheme, "")
         if self.input_scale is None:
             return torch.ops.fxquant.linear(x, *weight)
         qparams = self.input_scale, self.input_zero

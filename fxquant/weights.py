@@ -18,7 +18,7 @@ import torch
 from torch import fx, nn
 
 from .errors import NonFiniteWeight
-from .inductor import nbytes
+from .inductor import nbytes, outside_autocast
 from .lowering.kernel import LAYOUTS
 from .scheme import get_scheme
 
@@ -164,7 +164,7 @@ class Folded(nn.Module):
         for parameter in parameters:
             RESIDENTS.restore(parameter)
             _refuse_non_finite(parameter, self.layer)
-        with torch.no_grad():
+        with torch.no_grad(), outside_autocast():
             tensors = tuple(self.recipe(*(p.detach() for p in parameters)))
         old = _CACHE.pop(key, None)
         if old is not None:

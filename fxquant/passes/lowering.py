@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from ..graph import (
     replace,
     value,
 )
-from ..inductor import trace_function
+from ..inductor import Regions, trace_function
 from ..lowering.devices import device_row
 from ..lowering.dispatch import prequantized, run_kernel, shaped_like
 from ..lowering.kernel import Problem
@@ -101,7 +102,7 @@ def _lower_one(
         rows = emit(graph, node, aten.reshape.default, a.x, [-1, problem.k])
         codes = _codes(graph, node, problem, rows, a.x_scale)
         args = (rows, codes, packed[key], bias, a.epilogue)
-        result = _call(graph, node, choice, problem, bodies, *args)
+        result = _call(gm, node, choice, problem, bodies, *args)
         shape = [*_sizes(graph, node, a.x), problem.n]
         out = emit(graph, node, aten.reshape.default, result, shape)
     replace(node, out)
@@ -140,7 +141,7 @@ def zero_in_sum(
 
 
 def _call(
-    graph: fx.Graph,
+    gm: fx.GraphModule,
     node: fx.Node,
     choice: Choice,
     problem: Problem,
@@ -152,6 +153,7 @@ def _call(
     epilogue: str,
 ) -> Any:
     """The kernel's own nodes where one is chosen, for Inductor to fuse; else ``dispatch``."""
+    graph = gm.graph
     name, layout = problem.scheme.name, choice.layout.name
     coded = value(x).dtype != problem.dtype
     if problem.m is None and len(choice.steps) > 1:
@@ -159,13 +161,16 @@ def _call(
         more = (problem.dtype,) if coded else ()
         return emit(graph, node, ops.dispatch.default, *args, *more)
     kernel = choice.at(problem.m or 0)
+    inside = gm.meta.get("fxquant_body") or any(map(Regions.marks, graph.nodes))
 
     def compute(x: torch.Tensor, *rest: torch.Tensor) -> torch.Tensor:
         row = prequantized(problem.scheme, rest[: len(codes)])
         weights, biases = rest[len(codes) :][: len(packed)], rest[len(codes) + len(packed) :]
         bias = biases[0] if biases else None
         x = shaped_like(x, problem.dtype) if coded else x
-        return run_kernel(kernel.name, row, layout, x, weights, bias, epilogue, problem.n)
+        # where autocast may be on, its end is recorded: a kernel's ops mean what they say
+        with torch.autocast(x.device.type, enabled=False) if inside else nullcontext():
+            return run_kernel(kernel.name, row, layout, x, weights, bias, epilogue, problem.n)
 
     args = [x, *codes, *packed] + ([bias] if bias is not None else [])
     key = (kernel.name, problem, epilogue, *(describe(value(arg)) for arg in args))
