@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -66,17 +66,19 @@ class Regions:
         self._open: list[tuple[Any, ...]] = []
 
     @staticmethod
-    def record(graph: fx.Graph) -> None:
-        """Make the autocast that is on here, if any, a region around all of ``graph``."""
-        (output,) = graph.find_nodes(op="output")
+    def record(graph: fx.Graph, regions: Iterable[tuple[str, Any, bool]]) -> list[fx.Node]:
+        """Put ``regions`` (device, dtype, switch) around all of ``graph``. Returns the marks."""
+        (last,) = graph.find_nodes(op="output")
         first = next(n for n in graph.nodes if n.op not in ("placeholder", "get_attr"))
-        for device, dtype in ambient():
-            cached = torch.is_autocast_cache_enabled()
+        marks: list[fx.Node] = []
+        for device, dtype, enabled in regions:
+            args = (device, dtype, enabled, torch.is_autocast_cache_enabled())
             with graph.inserting_before(first):
-                beginning = graph.call_function(_ENTER, (device, dtype, True, cached))
-            with graph.inserting_before(output):
-                graph.call_function(_EXIT, (beginning,))
-            output = output.prev
+                marks.append(graph.call_function(_ENTER, args))
+            with graph.inserting_before(last):
+                last = graph.call_function(_EXIT, (marks[-1],))
+            marks.append(last)
+        return marks
 
     @contextmanager
     def around(self, node: fx.Node) -> Iterator[None]:
@@ -97,10 +99,10 @@ _ENTER = torch.amp.autocast_mode._enter_autocast
 _EXIT = torch.amp.autocast_mode._exit_autocast
 
 
-def ambient() -> tuple[tuple[str, torch.dtype], ...]:
-    """The devices for which autocast is on here, each with its dtype."""
-    devices = ("cpu", "cuda")
-    return tuple((d, torch.get_autocast_dtype(d)) for d in devices if torch.is_autocast_enabled(d))
+def ambient() -> tuple[tuple[str, torch.dtype, bool], ...]:
+    """The devices for which autocast is on here, as regions."""
+    on = [d for d in ("cpu", "cuda") if torch.is_autocast_enabled(d)]
+    return tuple((d, torch.get_autocast_dtype(d), True) for d in on)
 
 
 def outside_autocast() -> Any:

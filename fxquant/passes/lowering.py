@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import operator
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -161,21 +160,22 @@ def _call(
         more = (problem.dtype,) if coded else ()
         return emit(graph, node, ops.dispatch.default, *args, *more)
     kernel = choice.at(problem.m or 0)
-    inside = gm.meta.get("fxquant_body") or any(map(Regions.marks, graph.nodes))
 
     def compute(x: torch.Tensor, *rest: torch.Tensor) -> torch.Tensor:
         row = prequantized(problem.scheme, rest[: len(codes)])
         weights, biases = rest[len(codes) :][: len(packed)], rest[len(codes) + len(packed) :]
         bias = biases[0] if biases else None
         x = shaped_like(x, problem.dtype) if coded else x
-        # where autocast may be on, its end is recorded: a kernel's ops mean what they say
-        with torch.autocast(x.device.type, enabled=False) if inside else nullcontext():
-            return run_kernel(kernel.name, row, layout, x, weights, bias, epilogue, problem.n)
+        return run_kernel(kernel.name, row, layout, x, weights, bias, epilogue, problem.n)
 
     args = [x, *codes, *packed] + ([bias] if bias is not None else [])
     key = (kernel.name, problem, epilogue, *(describe(value(arg)) for arg in args))
     if problem.m is None or key not in bodies:  # equal layers share a trace, unless M is symbolic
         bodies[key] = trace_function(compute, *(value(a) for a in args))
+        product = any(n.target is aten.linear.default for n in bodies[key].graph.nodes)
+        if product and (gm.meta.get("fxquant_body") or any(map(Regions.marks, graph.nodes))):
+            # autocast may be on here: it must not round what the kernel says is float32
+            Regions.record(bodies[key].graph, [(value(x).device.type, None, False)])
     return inline(graph, node, bodies[key], args)
 
 
