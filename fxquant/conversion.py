@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from .errors import (
     UnsupportedDtype,
 )
 from .graph import Layer
-from .modules import Qparams, QuantLinear
+from .modules import Qparams, QuantLinear, share_inputs
 from .observers import GramMatrix
 from .passes.equalization import alpha_of
 from .passes.quantization import FLOATS
@@ -106,6 +107,7 @@ def quantize(
             _parameter(module).device,
             folds.divisors.get(name),
             _qparams(name, module, scheme, folds, stats, ranges, known) if scheme.static else None,
+            _group(name, module, stats) if scheme.static or name in folds.divisors else None,
         )
         for name, (module, scheme) in _once(plan).items()
     }
@@ -134,6 +136,8 @@ def quantize(
         solved = _solved(plan, targets, solver)
     _convert(model, plan, targets, solved)
     folds.apply(model)
+    share_inputs(model)
+    model.register_load_state_dict_post_hook(share_inputs)
     return given
 
 
@@ -213,6 +217,15 @@ def _qparams(
     return known[key]
 
 
+def _group(name: str, module: nn.Module, stats: Stats | None) -> torch.Tensor | None:
+    """A number for the layers that read what ``name`` reads; None where there are no others."""
+    names = () if stats is None else stats.structure.beside(name)
+    if len(names) < 2:
+        return None
+    digest = hashlib.sha256("\n".join(names).encode()).digest()
+    return torch.frombuffer(bytearray(digest[:8]), dtype=torch.int64).to(weight_of(module).device)
+
+
 def _gram(name: str, stats: Stats, folds: Folds) -> Gram | None:
     """Of a layer's inputs as they are once smoothed; None without statistics."""
     observer = stats.get(f"{name}:input", {}).get("gram")
@@ -251,6 +264,7 @@ def _quantized(module: nn.Module, target: Target, codes: Quantized, record: Any)
         weight_of(module).shape[1],
         smoothing=smoothing,
         qparams=target.qparams,
+        group=target.group,
     )
     new.record = record
     return new.train(module.training)
