@@ -23,7 +23,7 @@ from .errors import (
     RecipeConflict,
 )
 from .graph import Layer, layers, parameters
-from .inductor import compile_graph
+from .inductor import Regions, ambient, compile_graph
 from .lifting import Rewritten, lift, sources_hash
 from .modules import QuantLinear
 from .passes import pipeline
@@ -147,6 +147,7 @@ def rewrite(
             raise
         log.warning("%s", error)
         return None
+    around = Regions.record(canonical.graph, ambient())
     dump = Dump(config.dump_dir)
     dump.graph("captured", canonical)
     models = learn_names()
@@ -163,6 +164,8 @@ def rewrite(
     if not any(layer.kernel for layer in found.values()):
         return None
     _refuse_gradients(canonical, inputs)
+    for mark in reversed(around):  # it is compiled under autocast, and run so
+        canonical.graph.erase_node(mark)
     return lift(canonical, found)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from .errors import (
     UnsupportedDtype,
 )
 from .graph import Layer
-from .modules import Qparams, QuantLinear
+from .modules import Qparams, QuantLinear, share_inputs
 from .observers import GramMatrix
 from .passes.equalization import alpha_of
 from .passes.quantization import FLOATS
@@ -109,6 +110,7 @@ def quantize(
             _parameter(module).device,
             folds.divisors.get(name),
             _qparams(name, module, scheme, folds, stats, ranges, known) if scheme.static else None,
+            _group(name, module, stats) if scheme.static or name in folds.divisors else None,
         )
         for name, (module, scheme) in _once(plan).items()
     }
@@ -138,6 +140,8 @@ def quantize(
         solved = _solved(plan, targets, solver, place)
     _convert(model, plan, targets, solved)
     folds.apply(model)
+    share_inputs(model)
+    model.register_load_state_dict_post_hook(share_inputs)
     return given
 
 
@@ -216,6 +220,15 @@ def _qparams(
     return known[key]
 
 
+def _group(name: str, module: nn.Module, stats: Stats | None) -> torch.Tensor | None:
+    """A number for the layers that read what ``name`` reads; None where there are no others."""
+    names = () if stats is None else stats.structure.beside(name)
+    if len(names) < 2:
+        return None
+    digest = hashlib.sha256("\n".join(names).encode()).digest()
+    return torch.frombuffer(bytearray(digest[:8]), dtype=torch.int64).to(weight_of(module).device)
+
+
 def _gram(name: str, stats: Stats, folds: Folds) -> Gram | None:
     """Of a layer's inputs as they are once smoothed; None without statistics."""
     observer = stats.get(f"{name}:input", {}).get("gram")
@@ -254,6 +267,7 @@ def _quantized(module: nn.Module, target: Target, codes: Quantized, record: Any)
         weight_of(module).shape[1],
         smoothing=smoothing,
         qparams=target.qparams,
+        group=target.group,
     )
     new.record = record
     return new.train(module.training)
@@ -343,6 +357,10 @@ def _layer(name: str, module: nn.Module, out_features: int, in_features: int) ->
     return Layer(name=name, module_type=kind, out_features=out_features, in_features=in_features)
 
 
+def _finite(weight: torch.Tensor) -> bool:
+    return bool(torch.isfinite(torch.stack(torch.aminmax(weight))).all())
+
+
 def check_fits(name: str, module: nn.Module, scheme: Scheme) -> None:
     weight = weight_of(module)
     if weight.dtype not in FLOATS:
@@ -356,6 +374,7 @@ def check_fits(name: str, module: nn.Module, scheme: Scheme) -> None:
         raise GroupSizeMismatch(
             layer=name, in_features=k, group_size=size, scheme=scheme.name, choices=choices
         )
-    if weight.device.type != "meta" and not bool(torch.isfinite(weight).all()):
+    # of the extremes: a mask of the whole weight would take as much room as the weight
+    if weight.numel() and weight.device.type != "meta" and not _finite(weight):
         index = tuple(int(i) for i in (~torch.isfinite(weight)).nonzero()[0])
         raise NonFiniteWeight(layer=name, value=weight[index].item(), index=index)

@@ -15,7 +15,7 @@ import torch
 from torch import fx
 from torch.fx.node import map_arg
 
-from .inductor import FakeTensor, HigherOrderOperator, tree_leaves, tree_map
+from .inductor import FakeTensor, HigherOrderOperator, ambient, tree_leaves, tree_map
 
 STAGES = ("captured", "float", "observed", "reference", "fused", "lowered")
 
@@ -110,7 +110,7 @@ def evaluate(node: fx.Node) -> Any:
     if known is None or not _repeatable(node.target):
         return _evaluate(node)
     inputs = map_arg((node.args, node.kwargs), lambda n: _look(n.meta["val"]))
-    key = (node.target, repr(inputs))
+    key = (node.target, ambient(), repr(inputs))
     if key not in known:
         known[key] = _evaluate(node)
     return known[key]
@@ -184,7 +184,8 @@ def inline(graph: fx.Graph, like: fx.Node, body: fx.GraphModule, args: Sequence[
             new_args = map_arg(node.args, lambda n: env[n])
             new_kwargs = map_arg(node.kwargs, lambda n: env[n])
             env[node] = _append(graph, like, node.target, new_args, new_kwargs)
-            env[node].meta["val"] = node.meta["val"]
+            if "val" in node.meta:  # marks of autocast's regions have none
+                env[node].meta["val"] = node.meta["val"]
     raise AssertionError("a graph without output")
 
 

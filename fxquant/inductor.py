@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -32,6 +32,7 @@ __all__ = [
     "FakeTensorMode",
     "HigherOrderOperator",
     "Regions",
+    "ambient",
     "calling",
     "compile_graph",
     "emit_artifact",
@@ -40,6 +41,7 @@ __all__ = [
     "is_persistent",
     "mode_options",
     "nbytes",
+    "outside_autocast",
     "retrace",
     "source_name",
     "storage_of",
@@ -63,20 +65,49 @@ class Regions:
     def __init__(self) -> None:
         self._open: list[tuple[Any, ...]] = []
 
+    @staticmethod
+    def record(graph: fx.Graph, regions: Iterable[tuple[str, Any, bool]]) -> list[fx.Node]:
+        """Put ``regions`` (device, dtype, switch) around all of ``graph``. Returns the marks."""
+        (last,) = graph.find_nodes(op="output")
+        first = next(n for n in graph.nodes if n.op not in ("placeholder", "get_attr"))
+        marks: list[fx.Node] = []
+        for device, dtype, enabled in regions:
+            args = (device, dtype, enabled, torch.is_autocast_cache_enabled())
+            with graph.inserting_before(first):
+                marks.append(graph.call_function(_ENTER, args))
+            with graph.inserting_before(last):
+                last = graph.call_function(_EXIT, (marks[-1],))
+            marks.append(last)
+        return marks
+
     @contextmanager
     def around(self, node: fx.Node) -> Iterator[None]:
-        if node.target is torch.amp.autocast_mode._exit_autocast:
+        if node.target is _EXIT:
             self._open.pop()
         with _autocast(self._open):
             yield
-        if node.target is torch.amp.autocast_mode._enter_autocast:
+        if node.target is _ENTER:
             self._open.append(node.args)
 
     @staticmethod
     def marks(node: fx.Node) -> bool:
         """Whether ``node`` is the beginning or the end of one."""
-        ends = (torch.amp.autocast_mode._enter_autocast, torch.amp.autocast_mode._exit_autocast)
-        return node.target in ends
+        return node.target in (_ENTER, _EXIT)
+
+
+_ENTER = torch.amp.autocast_mode._enter_autocast
+_EXIT = torch.amp.autocast_mode._exit_autocast
+
+
+def ambient() -> tuple[tuple[str, torch.dtype, bool], ...]:
+    """The devices for which autocast is on here, as regions."""
+    on = [d for d in ("cpu", "cuda") if torch.is_autocast_enabled(d)]
+    return tuple((d, torch.get_autocast_dtype(d), True) for d in on)
+
+
+def outside_autocast() -> Any:
+    """A context in which nothing is cast; unlike ``torch.autocast`` it leaves no mark in a trace."""
+    return torch._C._DisableAutocast()
 
 
 class _KeepMeta(fx.Interpreter):
@@ -94,19 +125,22 @@ class _KeepMeta(fx.Interpreter):
 
 @contextmanager
 def _autocast(regions: Sequence[tuple[Any, ...]]) -> Iterator[None]:
-    """The innermost region's device, dtype and switch."""
+    """The devices, dtypes and switches of ``regions``, inner ones last."""
     if not regions:
         yield
         return
-    device, dtype, enabled = regions[-1][:3]
-    before = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
-    torch.set_autocast_enabled(device, enabled)
-    torch.set_autocast_dtype(device, dtype or before[1])
+    devices = {device for device, *_ in regions}
+    before = [(d, torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in devices]
+    for device, dtype, enabled in (region[:3] for region in regions):
+        torch.set_autocast_enabled(device, enabled)
+        if dtype is not None:
+            torch.set_autocast_dtype(device, dtype)
     try:
         yield
     finally:
-        torch.set_autocast_enabled(device, before[0])
-        torch.set_autocast_dtype(device, before[1])
+        for device, enabled, dtype in before:
+            torch.set_autocast_enabled(device, enabled)
+            torch.set_autocast_dtype(device, dtype)
         torch.clear_autocast_cache()
 
 

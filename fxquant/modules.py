@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -13,7 +14,9 @@ from .scheme import Quantized, Scheme, get_scheme
 from .weights import RESIDENTS
 
 CANONICAL = ("codes", "scale", "zero")
-INPUT = ("smoothing", "input_scale", "input_zero")
+INPUT = ("smoothing", "input_scale", "input_zero", "input_group")
+WITH_CODES = ("smoothing", "input_group")
+"""What a checkpoint gives or takes away with the codes."""
 
 Qparams = tuple[torch.Tensor, torch.Tensor | None]
 
@@ -23,6 +26,13 @@ def smoothed(x: torch.Tensor, smoothing: torch.Tensor) -> torch.Tensor:
     # float() of a float32 value is a node too, and siblings would read one another's
     wide = x.float() if x.dtype.itemsize == 2 else x
     return (wide / smoothing).to(x.dtype)
+
+
+def autocasted(x: Any) -> Any:
+    """What an op that autocast knows makes of ``x``: under ``torch.autocast`` in its dtype."""
+    if x is None or not torch.is_autocast_enabled(x.device.type) or x.dtype == torch.float64:
+        return x
+    return x.to(torch.get_autocast_dtype(x.device.type))
 
 
 def quantized_input(
@@ -39,13 +49,51 @@ def quantized_input(
     return torch.ops.fxquant.dequantize(codes, scale, zero, scheme.name, "input", x.dtype)
 
 
+_MOVES: WeakKeyDictionary[Any, dict[int, tuple[torch.Tensor, torch.Tensor]]] = WeakKeyDictionary()
+"""By the function of one ``Module.to``: what it was given, and what that has become."""
+
+
+def _once(fn: Any, old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+    """``new``, or what ``fn`` made of ``old`` for another layer: what they shared they share still."""
+    try:
+        moved = _MOVES.setdefault(fn, {})
+    except TypeError:  # a builtin outlives every move: nothing is kept for it
+        return new
+    return moved.setdefault(id(old), (old, new))[1]
+
+
+def share_inputs(model: nn.Module, *_: Any) -> None:
+    """Let the QuantLinears of one ``input_group`` hold the same tensors, where these are equal. A hook that
+    ``quantize`` leaves on the model, for when a checkpoint has been loaded."""
+    held: dict[tuple[int, str], list[torch.Tensor]] = {}
+    for module in model.modules():
+        if not isinstance(module, QuantLinear) or module.input_group is None:
+            continue
+        if module.input_group.is_meta:
+            continue
+        group = int(module.input_group)
+        for name in INPUT:
+            tensor = module._buffers[name]
+            if tensor is None or tensor.is_meta:
+                continue
+            known = held.setdefault((group, name), [])
+            twin = next((t for t in known if t.device == tensor.device and t.equal(tensor)), None)
+            if twin is None:
+                known.append(tensor)
+            else:
+                module._buffers[name] = twin
+
+
 class QuantLinear(nn.Module):
-    """``y = x @ dequantize(codes, scale, zero).T + bias`` in the arithmetic of its scheme.
+    """``y = x @ dequantize(codes, scale, zero).T + bias`` in the arithmetic of its scheme; under
+    ``torch.autocast``, as ``nn.Linear``, of an input in its dtype.
 
     codes [N, K] (sub-byte ones packed along K), scale [N, K / block], zero like scale or None;
     bias [N] or None. smoothing [K] float32 or None: what the inputs are divided by first, where no norm
     before the layer could take that up. input_scale [1] float32, input_zero [1] int32 or None: of a
-    static scheme. Once a compiled graph holds the packed weight, the canonical tensors give up
+    static scheme. input_group [1] int64 or None: the same for all layers that read one value; these hold
+    the same tensors of the above, by which a compiled graph sees that it has to prepare the value once
+    (``share_inputs``). Once a compiled graph holds the packed weight, the canonical tensors give up
     their memory; they are rebuilt when something reads them: ``codes``, ``scale``, ``zero``,
     ``state_dict()``, ``to()``, copying, running eagerly.
     """
@@ -56,6 +104,7 @@ class QuantLinear(nn.Module):
     smoothing: torch.Tensor | None
     input_scale: torch.Tensor | None
     input_zero: torch.Tensor | None
+    input_group: torch.Tensor | None
 
     def __init__(
         self,
@@ -66,6 +115,7 @@ class QuantLinear(nn.Module):
         *,
         smoothing: torch.Tensor | None = None,
         qparams: Qparams | None = None,
+        group: torch.Tensor | None = None,
     ):
         super().__init__()
         self.scheme = scheme
@@ -73,7 +123,8 @@ class QuantLinear(nn.Module):
         self.out_features = q.codes.shape[0]
         for name, tensor in zip(CANONICAL, q, strict=True):
             self.register_buffer(f"_{name}", tensor)
-        for name, tensor in zip(INPUT, (smoothing, *(qparams or (None, None))), strict=True):
+        of_input = (smoothing, *(qparams or (None, None)), group)
+        for name, tensor in zip(INPUT, of_input, strict=True):
             self.register_buffer(name, tensor)
         self.record: Any = None
         """What the solver of the codes noted (solvers.Record); not in checkpoints."""
@@ -92,7 +143,8 @@ class QuantLinear(nn.Module):
         if not torch.compiler.is_compiling():
             self._restore()
         x = input if self.smoothing is None else smoothed(input, self.smoothing)
-        weight = (self._codes, self._scale, self._zero, self.bias, self.scheme, "")
+        x, bias = autocasted(x), autocasted(self.bias)
+        weight = (self._codes, self._scale, self._zero, bias, self.scheme, "")
         if self.input_scale is None:
             return torch.ops.fxquant.linear(x, *weight)
         qparams = self.input_scale, self.input_zero
@@ -149,8 +201,9 @@ class QuantLinear(nn.Module):
         super()._apply(fn, recurse)
         for name, old in kept.items():
             new = self._buffers[name]
-            if old is not None and new is not None and new.dtype != old.dtype:
-                self._buffers[name] = old.to(new.device)
+            if old is not None and new is not None:
+                kept_dtype = new if new.dtype == old.dtype else old.to(new.device)
+                self._buffers[name] = _once(fn, old, kept_dtype) if name in INPUT else kept_dtype
         self._watch()
         return self
 
@@ -161,7 +214,8 @@ class QuantLinear(nn.Module):
         for name in INPUT:
             tensor = self._buffers[name]
             if tensor is not None:
-                destination[prefix + name] = tensor if keep_vars else tensor.detach()
+                # a copy: safetensors takes no tensor twice
+                destination[prefix + name] = tensor if keep_vars else tensor.detach().clone()
         if self.bias is not None:
             destination[prefix + "bias"] = self.bias if keep_vars else self.bias.detach()
 
@@ -170,7 +224,8 @@ class QuantLinear(nn.Module):
     ):
         """Own copies of the tensors are kept, with ``assign`` too: their memory may be given up.
 
-        Whether inputs are smoothed belongs to the codes, so ``smoothing`` comes and goes with them.
+        Whether inputs are smoothed belongs to the codes, so ``smoothing`` comes and goes with them. What
+        layers of one input shared becomes each one's own, until ``share_inputs``.
         """
         self._restore()
         assign = bool(local_metadata.get("assign_to_params_buffers"))
@@ -178,19 +233,19 @@ class QuantLinear(nn.Module):
             "smoothing": self.in_features,
             "input_scale": 1,
             "input_zero": 1,
+            "input_group": 1,
         }.items():
             given, held = state_dict.get(prefix + name), self._buffers[name]
             if given is not None and given.shape != (size,):
                 found, expected = list(given.shape), [size]
                 mismatch = ShapeMismatch(what=prefix + name, found=found, expected=expected)
                 errors.append(str(mismatch))
-            elif given is not None and (held is not None or name == "smoothing"):
-                # a tensor of its own: q, k and v may have shared the one before
+            elif given is not None and (held is not None or name in WITH_CODES):
                 device = None if self._codes.is_meta else self._codes.device
                 self._buffers[name] = given.detach().to(device, copy=True)
-            elif given is None and name == "smoothing" and prefix + "codes" in state_dict:
+            elif given is None and name in WITH_CODES and prefix + "codes" in state_dict:
                 self._buffers[name] = None
-            elif given is None and name != "smoothing" and held is not None and strict:
+            elif given is None and name not in WITH_CODES and held is not None and strict:
                 missing.append(prefix + name)
         for name, tensor in zip(CANONICAL, self._tensors(), strict=True):
             if tensor is None:

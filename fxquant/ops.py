@@ -7,6 +7,7 @@ later stage. Ops name their scheme by string, so that a graph can be printed, di
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import wraps
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 
 from . import observers
 from .errors import InvalidOption
+from .inductor import outside_autocast
 from .scheme import Quantized, QuantSpec, get_scheme
 
 LIBRARY = torch.library.Library("fxquant", "DEF")
@@ -44,12 +46,18 @@ def outputs(n: int, epilogue: str) -> int:
 
 
 def define(schema: str) -> Callable[[Callable], Callable]:
-    """Define an op whose reference is traceable, so that it is its own fake as well."""
+    """Define an op whose reference is traceable, so that it is its own fake as well. Autocast does not
+    reach into it."""
     name = schema[: schema.index("(")]
 
     def register(reference: Callable) -> Callable:
+        @wraps(reference)
+        def outside(*args: Any, **kwargs: Any) -> Any:
+            with outside_autocast():
+                return reference(*args, **kwargs)
+
         LIBRARY.define(schema)
-        LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
+        LIBRARY.impl(name, outside, "CompositeExplicitAutograd")
         torch.library.register_fake(f"fxquant::{name}", reference, lib=LIBRARY)
         return reference
 

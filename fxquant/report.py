@@ -37,7 +37,8 @@ class Report:
 
     @property
     def saved_bytes(self) -> float:
-        """Bytes of float weights less bytes of codes and qparams, a shared weight counted once."""
+        """Bytes of float weights less bytes of codes (as kernels hold them) and qparams, a shared weight
+        counted once."""
         return sum(_float_bytes(layer) - _bytes(layer) for layer in self.quantized)
 
     def __getitem__(self, name: str) -> Layer:
@@ -81,7 +82,7 @@ def _float_bytes(layer: Layer) -> float:
 def _bytes(layer: Layer) -> float:
     if layer.scheme is None:
         return _float_bytes(layer)
-    spec = get_scheme(layer.scheme).weight
+    spec = get_scheme(layer.scheme).product.weight
     blocks = layer.in_features / spec.group_size if spec.group_size else 1
     qparams = blocks * spec.scale_dtype.itemsize * (2 if spec.zero_point_domain != "none" else 1)
     return layer.out_features * (layer.in_features * spec.bits / 8 + qparams)

@@ -11,6 +11,7 @@ from .affine import (
     WHOLE_BYTES,
     bits_of,
     choose_qparams_affine,
+    code_range,
     dequantize_affine,
     pack_codes,
     quantize_affine,
@@ -116,6 +117,20 @@ class QuantSpec:
         )
         return pack_codes(codes, self.dtype)
 
+    def recoded(self, q: Quantized, spec: QuantSpec) -> Quantized:
+        """``q`` of a weight [N, K] in the codes of ``spec``, which differs from this one in bits alone.
+
+        Counted from the middle a code stays what it is, so that scale and zero point stay too; from
+        more bits back to fewer it gives what it was given.
+        """
+        if spec.dtype == self.dtype:
+            return q
+        shift = (sum(code_range(spec.dtype)) - sum(code_range(self.dtype))) // 2
+        parts = q.codes.split(max(SLAB // self.width(q.codes.shape[1]), 1))
+        codes = (unpack_codes(part, self.dtype).short() + shift for part in parts)
+        packed = [pack_codes(part.to(storage_dtype(spec.dtype)), spec.dtype) for part in codes]
+        return q._replace(codes=torch.cat(packed))
+
     def _in_rank(self, qparam: torch.Tensor, rank: int) -> torch.Tensor:
         return qparam.reshape([1] * rank) if self.granularity == "tensor" else qparam
 
@@ -152,14 +167,15 @@ class Scheme:
     The floor is the measured value less 0.5 dB, for Gaussian weights and activations at
     K = 1024 (tests/test_schemes.py).
 
-    A ``static`` scheme takes the scale of its input from calibration. Once that is chosen its codes
-    are those of a dynamic scheme, ``dynamic``, whose kernels, layouts and measured tables it shares.
+    ``served_as`` names another scheme whose kernels, layouts and measured tables serve this one. A
+    ``static`` scheme takes the scale of its input from calibration; once that is chosen its codes are
+    those of a dynamic scheme. Weights of 3 bits are, once packed, weights of 4 bits.
     """
 
     name: str
     weight: QuantSpec
     input: QuantSpec | None = None
-    dynamic: str = ""
+    served_as: str = ""
     sqnr: float
     summary: str
 
@@ -170,13 +186,13 @@ class Scheme:
 
     @property
     def product(self) -> Scheme:
-        """The scheme whose kernels multiply the codes: this one, unless it is static."""
-        return SCHEMES[self.dynamic] if self.static else self
+        """The scheme whose kernels multiply the codes: this one, unless ``served_as`` names another."""
+        return SCHEMES[self.served_as] if self.served_as else self
 
     @property
     def family(self) -> str:
         """What a kernel is written for: weight and activation format, e.g. ``w4a16`` or ``wf8af8``.
-        No kernel is written for ``s``, static activations: see ``product``."""
+        No kernel is written for ``s``, static activations, nor for 3 bits: see ``product``."""
         kind = {True: "f8", False: str(self.weight.bits)}[self.weight.dtype.is_floating_point]
         if self.input is None:
             return f"w{kind}a16"
@@ -272,8 +288,9 @@ for _size, _floor in ((32, 14.7), (64, 13.7), (128, 12.8)):
         Scheme(
             name=f"int3wo-{_size}",
             weight=_group(torch.uint3, _size, asymmetric=True),
+            served_as=f"int4wo-{_size}",
             sqnr=_floor,
-            summary=f"uint3 weights, groups of {_size}, float zero point",
+            summary=f"uint3 weights, groups of {_size}, float zero point; 4 bits each once compiled",
         )
     )
 for _size, _floor in ((32, 7.3), (64, 6.3), (128, 5.5)):
@@ -300,7 +317,7 @@ register(
         name="int8static",
         weight=_CHANNEL_INT8,
         input=_TENSOR_INT8_ASYM,
-        dynamic="int8dq",
+        served_as="int8dq",
         sqnr=37.3,
         summary="int8 weights per channel, int8 activations per tensor (calibrated, asymmetric)",
     )
@@ -310,7 +327,7 @@ register(
         name="int8static-sym",
         weight=_CHANNEL_INT8,
         input=_TENSOR_INT8,
-        dynamic="int8dq",
+        served_as="int8dq",
         sqnr=37.3,
         summary="int8 weights per channel, int8 activations per tensor (calibrated, symmetric)",
     )
@@ -320,7 +337,7 @@ register(
         name="fp8static",
         weight=_CHANNEL_FP8,
         input=_TENSOR_FP8,
-        dynamic="fp8dq",
+        served_as="fp8dq",
         sqnr=28.0,
         summary="e4m3 weights per channel, e4m3 activations per tensor (calibrated)",
     )

@@ -44,13 +44,14 @@ Call = tuple[Sequence[Any], Mapping[str, Any]]
 @dataclass(frozen=True)
 class Target:
     """A linear to solve. weight: makes it, [N, K] in float, with whatever is folded into it; home: where
-    its codes will lie. smoothing and qparams: what its QuantLinear will hold of its inputs."""
+    its codes will lie. smoothing, qparams and group: what its QuantLinear will hold of its inputs."""
 
     weight: Callable[[], torch.Tensor]
     scheme: Scheme
     home: torch.device
     smoothing: torch.Tensor | None = None
     qparams: tuple[torch.Tensor, torch.Tensor | None] | None = None
+    group: torch.Tensor | None = None
 
 
 def solve_in_order(

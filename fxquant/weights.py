@@ -18,9 +18,9 @@ import torch
 from torch import fx, nn
 
 from .errors import NonFiniteWeight
-from .inductor import nbytes
+from .inductor import nbytes, outside_autocast
 from .lowering.kernel import LAYOUTS
-from .scheme import Quantized, get_scheme
+from .scheme import get_scheme
 
 ops = torch.ops.fxquant
 Fingerprint = tuple[tuple[int, int], ...]
@@ -164,7 +164,7 @@ class Folded(nn.Module):
         for parameter in parameters:
             RESIDENTS.restore(parameter)
             _refuse_non_finite(parameter, self.layer)
-        with torch.no_grad():
+        with torch.no_grad(), outside_autocast():
             tensors = tuple(self.recipe(*(p.detach() for p in parameters)))
         old = _CACHE.pop(key, None)
         if old is not None:
@@ -234,7 +234,8 @@ def _restore_plan(
     owned = [weakref.ref(t) for group in parts for t in group]
 
     def refill(packed: Sequence[torch.Tensor]) -> None:
-        canonical: Quantized = layout.unpack(scheme, packed, n, k)
+        q = layout.unpack(scheme.product, packed, n, k)
+        canonical = scheme.product.weight.recoded(q, scheme.weight)
         alive = iter(owned)
         for whole, group in zip(canonical, parts_sizes, strict=True):
             if whole is None:

@@ -47,6 +47,12 @@ class Sample:
         n = self.weight.codes.shape[0]
         return self.x.shape[0], n, self.x.shape[1]
 
+    @property
+    def served(self) -> Sample:
+        """The same in the scheme whose kernels serve this one: 3-bit codes as 4-bit ones."""
+        row = self.scheme.product
+        return replace(self, scheme=row, weight=self.scheme.weight.recoded(self.weight, row.weight))
+
     def to(self, device: str | torch.device) -> Sample:
         def move(t: torch.Tensor | None) -> torch.Tensor | None:
             return None if t is None else t.to(device)
@@ -122,9 +128,10 @@ def reference(
 def run(kernel: Kernel | str, sample: Sample, epilogue: str = "") -> torch.Tensor:
     """y [m, n] of the kernel, its dtype and shape checked."""
     kernel = KERNELS[kernel] if isinstance(kernel, str) else kernel
-    packed = kernel.layout.pack(sample.scheme, sample.weight)
+    served = sample.served
+    packed = kernel.layout.pack(served.scheme, served.weight)
     with torch.no_grad():
-        y = kernel.compute(sample.scheme, sample.x, packed, sample.bias, epilogue)
+        y = kernel.compute(served.scheme, served.x, packed, served.bias, epilogue)
     m, n, _ = sample.shape
     n = outputs(n, epilogue)
     assert y.shape == (m, n), f"{kernel.name}: y is {tuple(y.shape)}, expected {(m, n)}"
@@ -251,8 +258,9 @@ def layout_round_trip(
         codes = torch.randint(info.min, info.max + 1, weight.codes.shape, generator=g)
         weight = weight._replace(codes=codes.to(weight.codes.dtype))
     weight = Quantized(*(None if t is None else t.to(device) for t in weight))  # type: ignore
-    packed = kernel.layout.pack(scheme, weight)
-    back = kernel.layout.unpack(scheme, packed, n, k)
+    row = scheme.product
+    packed = kernel.layout.pack(row, scheme.weight.recoded(weight, row.weight))
+    back = row.weight.recoded(kernel.layout.unpack(row, packed, n, k), scheme.weight)
     for name, before, after in zip(Quantized._fields, weight, back, strict=True):
         assert (before is None) == (after is None), f"{kernel.layout.name}: {name} is {after}"
         if before is None or after is None:

@@ -48,11 +48,12 @@ def test_eager_and_compiled_equal_the_float_models_compilation(scheme, graphs):
     assert torch.equal(compiled(X), wanted)
 
 
-@pytest.mark.parametrize("scheme", ["int8dq", "int4wo-32", "8da4w-32", "int2wo-32"])
+@pytest.mark.parametrize("scheme", ["int8dq", "int4wo-32", "8da4w-32", "int3wo-32", "int2wo-32"])
 @torch.no_grad()
 def test_one_resident_copy(scheme, graphs):
     model = fxquant.quantize(Block(256).requires_grad_(False), scheme)
-    canonical = sum(t.nbytes for name, t in model.named_buffers() if "bias" not in name)
+    packable = fxquant.quantize(Block(256), SCHEMES[scheme].product.name)  # of 3 bits, in 4
+    canonical = sum(t.nbytes for name, t in packable.named_buffers() if "bias" not in name)
     before = weights.resident_bytes()
     run = torch.compile(model, backend="fxquant", fullgraph=True)
     x = torch.randn(2, 7, 256)
@@ -66,7 +67,9 @@ def test_one_resident_copy(scheme, graphs):
     assert torch.equal(run(x), y)
 
 
-@pytest.mark.parametrize("scheme", ["int8dq", "int4wo-32", "8da4w-32", "int4wo-64-sym", "fp8wo"])
+@pytest.mark.parametrize(
+    "scheme", ["int8dq", "int4wo-32", "8da4w-32", "int4wo-64-sym", "int3wo-32", "fp8wo"]
+)
 @torch.no_grad()
 def test_state_dict_round_trips_through_meta(scheme, graphs):
     model = fxquant.quantize(MLP().requires_grad_(False), scheme)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
@@ -95,7 +97,7 @@ def test_a_model_on_the_cpu_is_solved_on_the_gpu(keep):
     model = torch.nn.Sequential(Block(256), Block(256)).eval().requires_grad_(False)
     data = [torch.randn(2, 24, 256) for _ in range(4)]
     settings = {"solver": "gptq", "batches": data, "progress": False}
-    wanted = fxquant.quantize(_copy(model), "int4wo-64", **settings)
+    wanted = fxquant.quantize(copy.deepcopy(model), "int4wo-64", **settings)
     found = fxquant.quantize(model, "int4wo-64", device="cuda", keep=keep, **settings)
     for name, module in found.named_modules():
         if isinstance(module, fxquant.QuantLinear):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -72,4 +74,32 @@ def test_static_codes_are_multiplied_as_a_dynamic_schemes():
         assert static.input.dtype == dynamic.input.dtype
         assert dynamic.input.zero_point_domain == "none"
         assert not any(static.family in kernel.families for kernel in KERNELS.values())
-    assert all(s.product is s for s in SCHEMES.values() if not s.static)
+
+
+def test_every_other_scheme_has_kernels_of_its_own_but_3_bits():
+    for scheme in SCHEMES.values():
+        if scheme.weight.bits == 3:
+            four = scheme.product
+            assert four.name == scheme.name.replace("int3", "int4") and four.weight.bits == 4
+            assert replace(four.weight, dtype=scheme.weight.dtype) == scheme.weight
+        elif not scheme.static:
+            assert scheme.product is scheme
+
+
+@pytest.mark.parametrize("narrow, wide", [(torch.uint3, torch.uint4), (torch.int3, torch.int4)])
+def test_codes_of_3_bits_stand_for_the_same_in_4(narrow, wide, monkeypatch):
+    """Bit for bit, there and back, every code there is; in slabs too."""
+    domain = "none" if narrow is torch.int3 else "float"
+    mapping = "symmetric" if narrow is torch.int3 else "asymmetric"
+    three, four = (
+        QuantSpec(dtype=d, granularity="group", group_size=32, mapping=mapping, zero_point_domain=domain)
+        for d in (narrow, wide)
+    )  # fmt: skip
+    q = three.quantize(torch.randn(50, 64, generator=torch.Generator().manual_seed(0)))
+    q = q._replace(codes=torch.randint(256, q.codes.shape, dtype=torch.uint8))
+    as_four = three.recoded(q, four)
+    assert as_four.codes.shape == (50, 32)
+    assert torch.equal(four.dequantize(as_four, torch.float64), three.dequantize(q, torch.float64))
+    assert torch.equal(four.recoded(as_four, three).codes, q.codes)
+    monkeypatch.setattr("fxquant.scheme.SLAB", 64 * 7)
+    assert torch.equal(three.recoded(q, four).codes, as_four.codes)

@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch._dynamo.exc import BackendCompilerFailed
 from torch._inductor.utils import fresh_cache, run_and_get_code
@@ -16,6 +17,7 @@ from fxquant import weights
 from fxquant.errors import InvalidOption, NotQuantized, RangeConflict, UncalibratedInput
 from fxquant.graph import layers
 from fxquant.lowering.kernel import KERNELS
+from fxquant.modules import INPUT
 from fxquant.scheme import SCHEMES
 
 from .conftest import MLP, Block, sqnr
@@ -151,6 +153,60 @@ def test_in_place(scheme, smooth, graphs):
     held.down.input_scale *= 3  # a buffer, not a constant of the graph
     assert not torch.equal(run(x), y)
     torch.testing.assert_close(run(x), held(x), rtol=0, atol=0.02 * float(wanted.abs().max()))
+
+
+def one_input(gate: fxquant.QuantLinear, up: fxquant.QuantLinear) -> bool:
+    """Whether the layers hold the same tensors of their input."""
+    return all(getattr(gate, name) is getattr(up, name) for name in INPUT)
+
+
+@pytest.mark.parametrize("assign", [True, False])
+@pytest.mark.parametrize(
+    "scheme, smooth", [("int8static", False), ("fp8static", 0.5), ("int8dq", 0.5)]
+)
+@torch.no_grad()
+def test_layers_of_one_input_are_merged_after_loading(scheme, smooth, assign, graphs, tmp_path):
+    """A file of safetensors, into a model that has not seen data; qparams and divisors of inputs."""
+
+    def fresh():
+        return Siblings([nn.Linear(64, 64).requires_grad_(False) for _ in range(3)])
+
+    model, x = fresh(), torch.rand(9, 64)
+    model = fxquant.quantize(model, scheme, stats=calibrated(model, x), smooth=smooth)
+    assert one_input(model.gate, model.up) and model.gate.input_group is not None
+    save_file(model.state_dict(), tmp_path / "model.safetensors")
+    with torch.device("meta"):
+        other = fxquant.quantize(fresh(), scheme)
+    if not assign:
+        other = fxquant.quantize(fresh(), scheme, stats=calibrated(fresh(), x), smooth=smooth)
+    other.load_state_dict(load_file(tmp_path / "model.safetensors"), assign=assign)
+    assert one_input(other.gate, other.up) and not one_input(other.gate, other.down)
+    assert torch.equal(other(x), model(x))
+    torch.compile(other, backend="fxquant", fullgraph=True)(x)
+    assert layers(graphs[-1])["gate"].merged == ("gate", "up")
+    for moved in (copy.deepcopy(other).bfloat16(), copy.deepcopy(other).to("meta")):
+        assert one_input(moved.gate, moved.up), "one move of the model leaves it so"
+    assert not {id(t) for t in model.buffers()} & {id(t) for t in other.buffers()}
+
+
+@torch.no_grad()
+def test_what_differs_is_not_shared_after_loading(graphs):
+    """Ranges that were changed one by one, and layers whose equal ranges are chance, stay apart."""
+    linears = [nn.Linear(64, 64).requires_grad_(False) for _ in range(3)]
+    model, x = Siblings(linears), torch.rand(9, 64)
+    model = fxquant.quantize(model, "int8static", stats=calibrated(model, x), smooth=False)
+    state = model.state_dict()
+    state["up.input_scale"] = state["up.input_scale"] * 2
+    for name in ("input_scale", "input_zero"):
+        state[f"down.{name}"] = state[f"gate.{name}"].clone()
+    model.load_state_dict(state)
+    assert torch.equal(model.up.input_scale, model.gate.input_scale * 2)
+    assert model.down.input_scale is not model.gate.input_scale
+    wanted, run = model(x), torch.compile(model, backend="fxquant", fullgraph=True)
+    assert sqnr(run(x), wanted) > 50
+    model.up.input_scale *= 3
+    assert torch.equal(model.down.input_scale, state["gate.input_scale"])
+    assert sqnr(run(x), model(x)) > 50
 
 
 @torch.no_grad()

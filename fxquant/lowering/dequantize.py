@@ -1,7 +1,7 @@
 """dequantize: any scheme, any device, any layout: the weight in the activations' dtype, then linear.
 
-The last candidate of every scheme. Inductor fuses the unpacking into one loop; at many rows the
-product dominates and this is the float linear plus one pass over the weight.
+The last candidate of every scheme: at many rows the product dominates and this is the float linear
+plus a few passes over the weight.
 """
 
 from __future__ import annotations
@@ -24,18 +24,16 @@ def _identity_unpack(scheme, packed, n: int, k: int) -> Quantized:
 
 LAYOUT = Layout(name=CANONICAL, pack=_identity_pack, unpack=_identity_unpack)
 
-UNPACK = {"cpu": 8, "cuda": 40}
-"""Bytes' worth of time that unpacking and writing one weight costs: on a GPU, pass by pass."""
+UNPACK = {"cpu": 64, "cuda": 40}
+"""Bytes' worth of time that unpacking and writing one weight costs, pass by pass, before the product. From
+the layout of the CPU's kernels 3.2 ns for a code of 8 bits and 5.4 of 4, on one Zen 4 core."""
 
 
 def _cost(problem: Problem):
     weights, device = problem.n * problem.k, problem.device
     operand = "float32" if problem.dtype == torch.float32 else "bfloat16"
-    if device.type == "cuda":  # the product comes after all unpacking
-        unpacking = UNPACK["cuda"] * weights / device.bandwidth
-        return unpacking + roofline(problem, weight_bytes=2 * weights, operations=operand)
-    product = roofline(problem, weight_bytes=UNPACK["cpu"] * weights, operations=operand)
-    return product + 4 * weights / device.peak["float32"]
+    unpacking = UNPACK.get(device.type, UNPACK["cpu"]) * weights / device.bandwidth
+    return unpacking + roofline(problem, weight_bytes=2 * weights, operations=operand)
 
 
 @kernel(

@@ -18,12 +18,14 @@ from .kernel import CANONICAL, KERNELS, LAYOUTS
 def pack(
     codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, scheme: str, layout: str
 ) -> list[torch.Tensor]:
-    """Canonical codes and qparams in a kernel's layout.
+    """Canonical codes and qparams in a kernel's layout, as the scheme whose kernels it is wants them.
 
     Outputs share no storage with the inputs, not as views either: once packed, those are freed.
     """
     inputs = {storage_of(t) for t in (codes, scale, zero) if t is not None}
-    packed = LAYOUTS[layout].pack(get_scheme(scheme), Quantized(codes, scale, zero))
+    row = get_scheme(scheme)
+    q = row.weight.recoded(Quantized(codes, scale, zero), row.product.weight)
+    packed = LAYOUTS[layout].pack(row.product, q)
     packed = [t.clone() if storage_of(t) in inputs else t for t in packed]
     if codes.is_cuda and not torch.cuda.is_current_stream_capturing():
         # kernels fetch their weight before the kernel ahead of them has ended: it must not be this one

@@ -9,6 +9,7 @@ from torch.fx.passes.infra.pass_base import PassResult
 
 from ..errors import SignatureChanged, StageMismatch
 from ..graph import STAGES, bodies_of, describe, evaluating_once, layers, stage
+from ..inductor import outside_autocast
 
 
 class Pass:
@@ -17,7 +18,7 @@ class Pass:
     ``requires`` lists the stages it takes; ``ensures`` is the stage it leaves, or None where it
     leaves the graph's own. The bodies of cond, loops and regions are rewritten first. Afterwards
     dead code is removed, the graph is linted, and inputs and outputs are as before in shape,
-    dtype and stride. Works in ``torch.fx``'s PassManager.
+    dtype and stride. What a pass adds is computed outside of autocast. Works in ``torch.fx``'s PassManager.
     """
 
     def __init__(
@@ -43,7 +44,7 @@ class Pass:
         if stage(gm) not in self.requires:
             expected = " or ".join(self.requires)
             raise StageMismatch(pass_name=self.name, required=expected, found=stage(gm))
-        with evaluating_once():
+        with evaluating_once(), outside_autocast():
             return PassResult(gm, self._run(gm))
 
     def _run(self, gm: fx.GraphModule) -> bool:

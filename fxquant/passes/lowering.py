@@ -21,7 +21,7 @@ from ..graph import (
     replace,
     value,
 )
-from ..inductor import trace_function
+from ..inductor import Regions, trace_function
 from ..lowering.devices import device_row
 from ..lowering.dispatch import prequantized, run_kernel, shaped_like
 from ..lowering.kernel import Problem
@@ -93,7 +93,7 @@ def _lower_one(
         bias = _with_zero(graph, node, a, bodies)
         key = (a.codes, choice.layout.name)
         if key not in packed:
-            args = (a.codes, a.scale, a.zero, problem.scheme.name, choice.layout.name)
+            args = (a.codes, a.scale, a.zero, a.scheme, choice.layout.name)
             bundle = emit(graph, node, ops.pack.default, *args)
             packed[key] = [
                 emit(graph, node, operator.getitem, bundle, i) for i in range(len(value(bundle)))
@@ -101,7 +101,7 @@ def _lower_one(
         rows = emit(graph, node, aten.reshape.default, a.x, [-1, problem.k])
         codes = _codes(graph, node, problem, rows, a.x_scale)
         args = (rows, codes, packed[key], bias, a.epilogue)
-        result = _call(graph, node, choice, problem, bodies, *args)
+        result = _call(gm, node, choice, problem, bodies, *args)
         shape = [*_sizes(graph, node, a.x), outputs(problem.n, a.epilogue)]
         out = emit(graph, node, aten.reshape.default, result, shape)
     replace(node, out)
@@ -140,7 +140,7 @@ def zero_in_sum(
 
 
 def _call(
-    graph: fx.Graph,
+    gm: fx.GraphModule,
     node: fx.Node,
     choice: Choice,
     problem: Problem,
@@ -152,6 +152,7 @@ def _call(
     epilogue: str,
 ) -> Any:
     """The kernel's own nodes where one is chosen, for Inductor to fuse; else ``dispatch``."""
+    graph = gm.graph
     name, layout = problem.scheme.name, choice.layout.name
     coded = value(x).dtype != problem.dtype
     if problem.m is None and len(choice.steps) > 1:
@@ -171,6 +172,10 @@ def _call(
     key = (kernel.name, problem, epilogue, *(describe(value(arg)) for arg in args))
     if problem.m is None or key not in bodies:  # equal layers share a trace, unless M is symbolic
         bodies[key] = trace_function(compute, *(value(a) for a in args))
+        product = any(n.target is aten.linear.default for n in bodies[key].graph.nodes)
+        if product and (gm.meta.get("fxquant_body") or any(map(Regions.marks, graph.nodes))):
+            # autocast may be on here: it must not round what the kernel says is float32
+            Regions.record(bodies[key].graph, [(value(x).device.type, None, False)])
     return inline(graph, node, bodies[key], args)
 
 

@@ -22,7 +22,7 @@ from ..graph import (
     value,
     written,
 )
-from ..inductor import HigherOrderOperator
+from ..inductor import HigherOrderOperator, Regions
 from .base import rewrites
 from .folding import folds
 
@@ -148,16 +148,19 @@ def _refresh_behind(
 ) -> set[fx.Node]:
     """Evaluate anew what is behind ``pieces``; returns those that must not change their strides."""
     behind: dict[fx.Node, set[fx.Node]] = {piece: {piece} for piece in pieces}
+    regions = Regions()
     for node in gm.graph.nodes:
-        sources = set().union(*(behind.get(n, set()) for n in node.all_input_nodes))
-        if not sources and (node not in before or describe(node.meta.get("val")) == before[node]):
-            continue
-        if node.op != "call_function" or isinstance(node.target, HigherOrderOperator):
-            return sources
-        if node.target is aten.as_strided.default or not _refresh(node):
-            return sources
-        if describe(node.meta["val"]) != before.get(node):
-            behind[node] = sources
+        with regions.around(node):  # what the user wrote there may be cast
+            sources = set().union(*(behind.get(n, set()) for n in node.all_input_nodes))
+            same = node not in before or describe(node.meta.get("val")) == before[node]
+            if not sources and same:
+                continue
+            if node.op != "call_function" or isinstance(node.target, HigherOrderOperator):
+                return sources
+            if node.target is aten.as_strided.default or not _refresh(node):
+                return sources
+            if describe(node.meta["val"]) != before.get(node):
+                behind[node] = sources
     return set()
 
 

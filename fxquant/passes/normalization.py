@@ -57,8 +57,8 @@ def _product_to_linear(gm: fx.GraphModule, node: fx.Node, constant: Any) -> fx.N
     with gm.graph.inserting_before(node):
         weight = _transposed(gm.graph, node, matrix)
         _also_constant(constant, [(weight, matrix)])
-        new = emit(gm.graph, node, aten.linear.default, x, weight, bias)
-    new.meta["val"] = value(node)
+        args = _cast(gm, node, (x, weight, bias), constant)
+        new = emit(gm.graph, node, aten.linear.default, *args)
     replace(node, new)
     return new
 
@@ -79,19 +79,22 @@ def _is_transpose(node: fx.Node) -> bool:
 
 def _explicit_casts(gm: fx.GraphModule, node: fx.Node, constant: Any) -> bool:
     """Under autocast a float32 linear computes in bfloat16: say so in the graph."""
-    dtype = value(node).dtype
-    if all(value(a) is None or value(a).dtype == dtype for a in node.args):
-        return False
     with gm.graph.inserting_before(node):
-        args = [
-            a
-            if a is None or value(a).dtype == dtype
-            else emit(gm.graph, node, aten.to.dtype, a, dtype)
-            for a in node.args
-        ]
-    _also_constant(constant, zip(args, node.args, strict=True))
-    node.args = tuple(args)
-    return True
+        args = _cast(gm, node, node.args, constant)
+    changed = args != node.args
+    node.args = args
+    return changed
+
+
+def _cast(gm: fx.GraphModule, like: fx.Node, args: Iterable[Any], constant: Any) -> tuple[Any, ...]:
+    """``args`` in the dtype of what ``like`` computes of them."""
+    dtype, given = value(like).dtype, tuple(args)
+    found = tuple(
+        a if a is None or value(a).dtype == dtype else emit(gm.graph, like, aten.to.dtype, a, dtype)
+        for a in given
+    )
+    _also_constant(constant, zip(found, given, strict=True))
+    return found
 
 
 def _also_constant(constant: Any, pairs: Iterable[tuple[Any, Any]]) -> None:

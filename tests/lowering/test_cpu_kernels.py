@@ -12,6 +12,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from fxquant.lowering import native
 from fxquant.lowering.kernel import KERNELS, Device, M, Problem
 from fxquant.lowering.native_linear import LAYOUT, native_linear, pack, unpack
+from fxquant.lowering.select import select
 from fxquant.ops import ACTIVATIONS
 from fxquant.scheme import SCHEMES, Quantized, get_scheme
 from tests import oracles
@@ -21,7 +22,7 @@ CASES = [
     for kernel in KERNELS.values()
     if kernel.layout is LAYOUT
     for scheme in SCHEMES.values()
-    if scheme.family in kernel.families
+    if scheme.product.family in kernel.families and not scheme.static
 ]
 ONE_OF_EACH = [
     ("native_w8a8", "int8dq"),
@@ -30,6 +31,7 @@ ONE_OF_EACH = [
     ("native_w8a16", "fp8wo"),
     ("native_w4a16", "int4wo-64"),
     ("native_w4a16", "int4wo-32-sym"),
+    ("native_w4a16", "int3wo-64"),
     ("native_w4a16", "int2wo-32"),
     ("native_wf8af8", "fp8dq"),
 ]
@@ -141,18 +143,20 @@ def test_layout(scheme: str) -> None:
     row = get_scheme(scheme)
     for n, k in shapes(scheme):
         packed = oracles.layout_round_trip("native_w8a8", scheme, n, k)
-        assert packed[0].numel() == n * -(-k * row.weight.bits // 32) * 4
-        back = unpack(row, packed, n, k)
+        served = row.product
+        assert packed[0].numel() == n * -(-k * served.weight.bits // 32) * 4
+        back = unpack(served, packed, n, k)
         assert all(t is None or t.is_contiguous() for t in (*packed, *back))
         with FakeTensorMode():
-            fake = pack(row, row.weight.quantize(torch.randn(n, k)))
-            unpack(row, fake, n, k)
+            q = row.weight.recoded(row.weight.quantize(torch.randn(n, k)), served.weight)
+            fake = pack(served, q)
+            served.weight.recoded(unpack(served, fake, n, k), row.weight)
         assert [(t.shape, t.dtype) for t in fake] == [(t.shape, t.dtype) for t in packed]
 
 
 @pytest.mark.parametrize("kernel, scheme", ONE_OF_EACH)
 def test_opcheck_and_trace(kernel: str, scheme: str) -> None:
-    sample = oracles.random_sample(scheme, 3, 70, shapes(scheme)[1][1], torch.bfloat16, True)
+    sample = oracles.random_sample(scheme, 3, 70, shapes(scheme)[1][1], torch.bfloat16, True).served
     compute, packed = KERNELS[kernel].compute, pack(sample.scheme, sample.weight)
     trace = make_fx(
         lambda x, p, b: compute(sample.scheme, x, p, b, "gelu"), tracing_mode="symbolic"
@@ -272,7 +276,7 @@ def test_activation_accuracy(epilogue: str, path: str) -> None:
 
 @pytest.mark.parametrize("kernel, scheme", CASES)
 def test_faults_are_refused(kernel: str, scheme: str) -> None:
-    row = get_scheme(scheme)
+    row = get_scheme(scheme).product
     sound = Problem(scheme=row, n=64, k=512, m=None, dtype=torch.bfloat16, bias=True, device=CPU)
     assert KERNELS[kernel].refusal(sound) is None
     for fault in KERNELS[kernel].faults:
@@ -280,11 +284,21 @@ def test_faults_are_refused(kernel: str, scheme: str) -> None:
     assert KERNELS[kernel].refusal(replace(sound, device=replace(CPU, type="cuda")))
 
 
+@pytest.mark.parametrize("scheme", ["int8wo", "fp8wo", "int4wo-64", "int3wo-64", "int2wo-32"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_writing_the_weight_out_pays_at_thousands_of_rows(scheme: str, dtype: torch.dtype) -> None:
+    """On one core 147 ms instead of 61 for int4wo-64 at 128 x 8192 x 2048."""
+    row = get_scheme(scheme).product
+    at = Problem(scheme=row, n=8192, k=2048, m=None, dtype=dtype, bias=False, device=CPU)
+    chosen = select(at)
+    assert {chosen.at(rows).layout.name for rows in (1, 16, 128, 512)} == {LAYOUT.name}
+
+
 @pytest.mark.parametrize("kernel, scheme", ONE_OF_EACH)
 def test_cost(kernel: str, scheme: str) -> None:
     """One row costs the weight's bytes, many rows the operations, at the rate of the fast path."""
     problem = Problem(
-        scheme=get_scheme(scheme),
+        scheme=get_scheme(scheme).product,
         n=2048,
         k=2048,
         m=None,
@@ -294,7 +308,7 @@ def test_cost(kernel: str, scheme: str) -> None:
     )
     cost = KERNELS[kernel].cost(problem)
     one, many = (float(cost.subs(M, m)) for m in (1, 2**16))
-    codes = 2048 * 2048 * get_scheme(scheme).weight.bits / 8 / CPU.bandwidth
+    codes = 2048 * 2048 * problem.scheme.weight.bits / 8 / CPU.bandwidth
     assert (
         codes < one - CPU.launch < 2.1 * codes
     )  # int2wo-32: as many bits for qparams as for codes

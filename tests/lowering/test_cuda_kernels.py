@@ -34,18 +34,33 @@ STREAM = {
         "int4wo-64-sym",
         "int4wo-128",
         "int4wo-256",
+        "int3wo-32",
+        "int3wo-128",
         "int2wo-32",
     ],
     "cuda_w8a16": ["int8wo", "fp8wo"],
     "cuda_w4a8": ["8da4w-32", "8da4w-64", "8da4w-128", "8da4w-256"],
     "cuda_w8a8": ["int8dq", "fp8dq"],
-    "cuda_pipeline": ["int4wo-32", "int4wo-64-sym", "int4wo-256", "int2wo-64", "int8wo", "fp8wo"],
+    "cuda_pipeline": [
+        "int4wo-32",
+        "int4wo-64-sym",
+        "int4wo-256",
+        "int3wo-64",
+        "int2wo-64",
+        "int8wo",
+        "fp8wo",
+    ],
     "cuda_pipeline_w4a8": ["8da4w-32", "8da4w-128", "8da4w-256"],
-    "cuda_dequantize": ["int4wo-32", "int4wo-256-sym", "int2wo-64", "int8wo", "fp8wo"],
+    "cuda_dequantize": [
+        "int4wo-32",
+        "int4wo-256-sym",
+        "int3wo-64",
+        "int2wo-64",
+        "int8wo",
+        "fp8wo",
+    ],
     "cuda_dequantize_w4a8": ["8da4w-32", "8da4w-128"],
 }
-WITHOUT_A_KERNEL = {"int3wo-32", "int3wo-64", "int3wo-128"}
-"""Schemes that the fallback alone serves."""
 CASES = [(kernel, scheme) for kernel, schemes in STREAM.items() for scheme in schemes]
 ROWS = (0, 1, 2, 9, 40, 65, 300)
 needs_compiler = pytest.mark.skipif(nvrtc.refusal() is not None, reason="needs NVRTC")
@@ -81,12 +96,12 @@ def test_large_weights_are_packed_in_slabs(scheme, monkeypatch):
         assert torch.equal(a, b)
 
 
-SOME = ("int4wo-64", "int4wo-64-sym", "8da4w-32", "int8wo", "int8dq", "fp8wo")
+SOME = ("int3wo-64", "int4wo-64", "int4wo-64-sym", "8da4w-32", "int8wo", "int8dq", "fp8wo")
 PACKS = sorted(
     {
         (scheme, kernel.layout.name)
         for kernel, scheme in itertools.product(KERNELS.values(), SOME)
-        if kernel.device != "cpu" and get_scheme(scheme).family in kernel.families
+        if kernel.device != "cpu" and get_scheme(scheme).product.family in kernel.families
     }
 )
 
@@ -146,7 +161,7 @@ def test_a_source_that_does_not_compile_says_why():
         nvrtc.compile_source("int f() { return undefined_name; }", {}, "sm_90a")
 
 
-@pytest.mark.parametrize("scheme", sorted(set(fxquant.SCHEMES) - WITHOUT_A_KERNEL))
+@pytest.mark.parametrize("scheme", sorted(fxquant.SCHEMES))
 def test_hopper_gets_these_kernels_for_every_scheme(scheme, monkeypatch):
     monkeypatch.setattr(nvrtc, "refusal", lambda: None)
     forget()

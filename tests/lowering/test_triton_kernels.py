@@ -55,19 +55,23 @@ TRITON = [
     ("triton_w4a8", "8da4w-32"),
     ("triton_w4a8", "8da4w-64"),
     ("triton_w4a8", "8da4w-256"),
+    ("triton_w4a16", "int3wo-32"),
+    ("triton_w4a16", "int3wo-128"),
     ("triton_w8a8_persistent", "int8dq"),
     ("triton_fp8_persistent", "fp8dq"),
 ]
 ATEN = [("int_mm", "int8dq")]
 if DEVICE == "cuda":  # torch has these for CUDA alone
-    ATEN += [("tinygemm", "int4wo-32"), ("tinygemm", "int4wo-128-sym"), ("scaled_mm", "fp8dq")]
+    ATEN += [("tinygemm", s) for s in ("int4wo-32", "int4wo-128-sym", "int3wo-64")]
+    ATEN += [("scaled_mm", "fp8dq")]
 CASES = TRITON + ATEN
 ROWS = (0, 1, 2, 7, 16, 17, 64, 129, 300)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def problem(scheme: str, m: int | None, n: int, k: int, dtype: torch.dtype) -> Problem:
-    return Problem(scheme=get_scheme(scheme), n=n, k=k, m=m, dtype=dtype, bias=False, device=HOPPER)
+    row = get_scheme(scheme).product
+    return Problem(scheme=row, n=n, k=k, m=m, dtype=dtype, bias=False, device=HOPPER)
 
 
 def shapes(scheme: str) -> list[tuple[int, int]]:
@@ -159,7 +163,8 @@ def test_epilogue_keeps_nan_and_limits(epilogue: str) -> None:
 
 @pytest.mark.parametrize(
     ("name", "scheme"), [*TRITON, ("int_mm", "int8dq"), ("scaled_mm", "fp8dq")]
-    + [("tinygemm", f"int4wo-{size}") for size in (32, 64, 128, "128-sym", "32-sym")],
+    + [("tinygemm", f"int4wo-{size}") for size in (32, 64, 128, "128-sym", "32-sym")]
+    + [("tinygemm", "int3wo-64")],
 )  # fmt: skip
 def test_layout(name: str, scheme: str) -> None:
     group = get_scheme(scheme).weight.group_size
@@ -195,7 +200,7 @@ def test_strides(name: str, scheme: str) -> None:
     dtype = torch.bfloat16
     if kernel.refusal(problem(scheme, 18, n, k, dtype)):
         pytest.fail(f"{name} refuses the shape of this test")
-    sample = oracles.random_sample(scheme, 18, n, k, dtype, True).to(DEVICE)
+    sample = oracles.random_sample(scheme, 18, n, k, dtype, True).served.to(DEVICE)
     packed = kernel.layout.pack(sample.scheme, sample.weight)
     wide = torch.randn(18, 2 * k + 1, dtype=dtype, device=DEVICE)
     views = [
@@ -225,7 +230,7 @@ def test_deterministic(name: str, scheme: str) -> None:
 def test_opcheck(name: str, scheme: str) -> None:
     """The schema, the fake and the dynamic trace of the op (opcheck itself fails on float8)."""
     calls = []
-    sample = oracles.random_sample(scheme, 5, 19, 128, torch.bfloat16, True).to(DEVICE)
+    sample = oracles.random_sample(scheme, 5, 19, 128, torch.bfloat16, True).served.to(DEVICE)
     packed = KERNELS[name].layout.pack(sample.scheme, sample.weight)
 
     class Record(torch.utils._python_dispatch.TorchDispatchMode):
@@ -244,7 +249,7 @@ def test_opcheck(name: str, scheme: str) -> None:
 def test_traces_with_symbolic_rows(name: str, scheme: str) -> None:
     """One graph for every number of rows, with the product as one node."""
     kernel = KERNELS[name]
-    sample = oracles.random_sample(scheme, 33, 64, 256, torch.bfloat16, True).to(DEVICE)
+    sample = oracles.random_sample(scheme, 33, 64, 256, torch.bfloat16, True).served.to(DEVICE)
     packed = kernel.layout.pack(sample.scheme, sample.weight)
 
     def compute(x, packed, bias):

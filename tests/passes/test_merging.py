@@ -275,6 +275,26 @@ def test_regions_are_not_merged_across(graphs):
 
 
 @torch.no_grad()
+def test_what_a_region_casts_behind_the_parts_keeps_its_dtype(graphs):
+    """A part has strides of its own; ``prod`` behind it is float32 under autocast, whatever comes in."""
+
+    class Region(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(64, 32), nn.Linear(64, 32)
+
+        def forward(self, x):
+            with torch.autocast("cpu", torch.bfloat16):
+                return self.a(x)[..., :2].prod(-1), self.b(x)
+
+    model, x = Region().requires_grad_(False), torch.randn(5, 64)
+    run = torch.compile(model, backend="fxquant", options={"scheme": "int8wo"}, fullgraph=True)
+    for y, wanted in zip(run(x), model(x), strict=True):
+        assert y.dtype == wanted.dtype and sqnr(y, wanted) > 30
+    assert layers(graphs[0])["a"].merged == ("a", "b")
+
+
+@torch.no_grad()
 def test_quantized_modules_are_merged_too():
     model = fxquant.quantize(Fork(three), "int4wo-32")
     x = torch.randn(5, 64)

@@ -117,12 +117,12 @@ def test_a_gpu_runs_the_kernels_of_the_dynamic_scheme(scheme, rows, monkeypatch)
     model, x = nn.Linear(1024, 512).bfloat16(), torch.randn(rows, 1024).bfloat16()
     stats = calibrated(model, x)
     kernel, call = {}, {}
-    for name in (scheme, SCHEMES[scheme].dynamic):
+    for name in (scheme, SCHEMES[scheme].product.name):
         gm = rewritten(model, x, name, stats, to="verified")
         (layer,) = layers(gm).values()
         kernel[name], call[name] = (layer.kernel, layer.refused), gm
         assert layer.scheme == name
-    assert kernel[scheme] == kernel[SCHEMES[scheme].dynamic]
+    assert kernel[scheme] == kernel[SCHEMES[scheme].product.name]
     assert not count(call[scheme])["fx.dequantize"]
     (quantize,) = calls(call[scheme], ops.quantize_static.default)
     assert value(quantize).dtype == get_scheme(scheme).input.dtype
