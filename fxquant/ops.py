@@ -89,7 +89,7 @@ def quantize(x: torch.Tensor, scheme: str, role: str) -> list[torch.Tensor]:
 
 
 @torch.library.register_fake("fxquant::quantize", lib=LIBRARY, allow_override=True)
-def _quantize_fake(x, scheme, role):  # shapes alone: the reference is a score of ops
+def quantize_fake(x, scheme, role):  # shapes alone: the reference is a score of ops
     spec = spec_of(scheme, role)
     codes = x.new_empty((*x.shape[:-1], spec.stored_width(x.shape[-1])), dtype=spec.codes_dtype)
     blocks = [

@@ -27,7 +27,7 @@ from tqdm import tqdm
 from .backend import linears_of
 from .errors import InvalidOption
 from .lowering import cuda_layout, cuda_pipeline, cuda_stream
-from .lowering.cuda_pipeline import Cut
+from .lowering.cuda_pipeline import MULTIPROCESSORS, Cut
 from .lowering.cuda_stream import Shape
 from .lowering.devices import device_row
 from .lowering.dispatch import prequantized, run_kernel
@@ -62,9 +62,6 @@ _MANY = [
     *((4, 2, 1, 128, 3, 1, 1), (4, 4, 1, 64, 4, 1, 1), (12, 1, 1, 128, 3, 1, 1)),
     *((16, 1, 1, 128, 3, 1, 1), (4, 1, 2, 128, 3, 0, 1), (8, 1, 2, 128, 3, 0, 1)),
 ]
-
-MULTIPROCESSORS = 132
-"""Of a Hopper GPU: with fewer blocks than this, k is split among more."""
 
 _STEPS = ((128, 3), (128, 4), (128, 6), (256, 3), (256, 4))
 """Values of k in a stage, and stages."""

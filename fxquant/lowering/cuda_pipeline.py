@@ -34,7 +34,7 @@ from .cuda_stream import (
 from .devices import device_row
 from .kernel import Problem, kernel
 from .triton_launch import estimate, input_is
-from .tuning import tuned_shapes
+from .tuning import is_measured, tuned_shapes
 
 SOURCES = (
     "constants.cuh",
@@ -125,13 +125,48 @@ PLAIN = (Cut(2, 2, 64, 128, 4), Cut(2, 1, 256, 64, 5), Cut(2, 2, 128, 128, 3), C
 """One of them fits whatever k the needs let through."""
 
 
+MULTIPROCESSORS = 132
+"""Of a Hopper GPU."""
+
+
 def cut_for(scheme: Scheme, n: int, k: int, rows: int, device: str) -> Cut:
-    """The cut for this many rows: measured for this layer, or for the likest one that was, or plain."""
+    """The cut for this many rows: measured for this layer, or, adapted to it, for the likest one that was,
+    or a plain one. Its tiles have no more tokens than an even share of the rows asks for."""
     form = format_of(scheme)
     found = tuned_shapes(device, "pipelines", scheme.name, scheme.family, n, k, rows)
     tuned = (Cut(*measured) for measured in found)
     plain = sorted(PLAIN, key=lambda cut: abs(cut.tokens - rows))
-    return next(cut for cut in (*tuned, *plain) if cut.fits(form, k))
+    cut = next(cut for cut in (*tuned, *plain) if cut.fits(form, k))
+    if not is_measured(device, "pipelines", scheme.name, n, k):
+        options = (
+            cut._replace(warpgroups=groups, row_tiles=tiles, tokens=tokens, splits=splits)
+            for groups, tiles in dict.fromkeys((cut[:2], (1, 1)))
+            for tokens in dict.fromkeys((cut.tokens, 128, 64))
+            for splits in (1, 2, 4, 8)
+            if tokens <= cut.tokens
+        )
+        fitting = [evened(one, rows) for one in options if one.fits(form, k)]
+        cut = min(fitting, key=lambda one: busiest(one, n, rows))
+    return evened(cut, rows)
+
+
+def evened(cut: Cut, rows: int) -> Cut:
+    """The same number of tiles, with as many tokens each, in steps of 32: few variants to compile."""
+    share = -(-rows // -(-rows // cut.tokens))
+    return cut._replace(tokens=min(cut.tokens, 16 if share <= 16 else -(-share // 32) * 32))
+
+
+UNPACKING, ADDING = 64, 0.1
+"""What it takes to unpack a weight, in tokens that are multiplied meanwhile; to add up a split tile, as
+part of the tile."""
+
+
+def busiest(cut: Cut, n: int, rows: int) -> float:
+    """The work of the busiest multiprocessor, in tokens of a channel."""
+    tiles = -(-n // cut.rows) * -(-rows // cut.tokens)
+    waves = -(-tiles * cut.splits // (MULTIPROCESSORS * cut.blocks))
+    part = 1.0 if cut.splits == 1 else 1 / cut.splits + ADDING
+    return waves * part * cut.blocks * cut.rows * (cut.tokens + UNPACKING)
 
 
 def source(form: Format, cut: Cut, half: bool) -> str:

@@ -63,6 +63,11 @@ def key(scheme: str, n: int, k: int) -> str:
     return f"{scheme} {n}x{k}"
 
 
+def is_measured(device: str, section: str, scheme: str, n: int, k: int) -> bool:
+    """Whether the table has this very layer."""
+    return key(scheme, n, k) in tuned_table(device)[section]
+
+
 ALIKE = math.log(8)
 """How far the sizes of a layer may be from a measured one's for the same kernels: the sum over n and k
 of the logarithms of their ratios."""

@@ -9,7 +9,8 @@ from torch import fx
 
 from ..graph import describe, inline, replace, value
 from ..inductor import realize, trace_decomposed
-from ..ops import quantize, quantize_static
+from ..lowering.triton_quantize import worth_it
+from ..ops import quantize, quantize_static, spec_of
 
 ops = torch.ops.fxquant
 
@@ -20,7 +21,8 @@ REFERENCES = {
 
 
 def expand(graph: fx.Graph) -> None:
-    """Put the ops of each ``fxquant.quantize`` into Inductor's graph, where they fuse with others.
+    """Put the ops of each ``fxquant.quantize`` into Inductor's graph, where they fuse with others; where
+    there are many rows, a kernel of their own.
 
     One node until here: AOTAutograd runs every op of a graph several times over, and thirty of them
     at every linear would cost it more than the rest of the model.
@@ -28,7 +30,15 @@ def expand(graph: fx.Graph) -> None:
     bodies: dict[Any, fx.GraphModule] = {}
     for target in REFERENCES:
         for node in graph.find_nodes(op="call_function", target=target):
-            _expand_one(graph, node, bodies)
+            if target is ops.quantize.default and _has_kernel(node):
+                node.target, node.args = ops.quantize_rows.default, node.args[:2]
+            else:
+                _expand_one(graph, node, bodies)
+
+
+def _has_kernel(node: fx.Node) -> bool:
+    x, scheme, role = node.args
+    return role == "input" and worth_it(value(x), spec_of(scheme, role))  # type: ignore[arg-type]
 
 
 def _expand_one(graph: fx.Graph, node: fx.Node, bodies: dict[Any, fx.GraphModule]) -> None:

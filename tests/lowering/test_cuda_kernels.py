@@ -197,6 +197,26 @@ def test_cuts_fit_and_cover_all_rows():
         assert all(s.fits(form, k) for s in found)
 
 
+def test_tiles_share_the_rows_evenly():
+    cut = cuda_pipeline.Cut(2, 1, 256, 64, 5)
+    tokens = {rows: cuda_pipeline.evened(cut, rows).tokens for rows in (9, 33, 129, 256, 257, 700)}
+    assert tokens == {9: 16, 33: 64, 129: 160, 256: 256, 257: 160, 700: 256}
+    assert cuda_pipeline.evened(cut._replace(tokens=64), 4096).tokens == 64
+
+
+def test_a_cut_is_adapted_to_a_layer_that_was_not_measured():
+    """Half of the multiprocessors would have nothing to do with the cut of the likest layer."""
+    for scheme, rows in itertools.product(("int4wo-64", "8da4w-32", "int8wo"), (16, 64, 129, 2048)):
+        row = get_scheme(scheme)
+        cut = cuda_pipeline.cut_for(row, 896, 5120, rows, "NVIDIA H200")
+        assert cut.fits(cuda_layout.format_of(row), 5120)
+        blocks = -(-896 // cut.rows) * -(-rows // cut.tokens) * cut.splits
+        assert blocks >= 56, (scheme, rows, cut)
+        measured = cuda_pipeline.cut_for(row, 4096, 4096, rows, "NVIDIA H200")
+        table = tuned_shapes("NVIDIA H200", "pipelines", scheme, row.family, 4096, 4096, rows)
+        assert measured == cuda_pipeline.evened(cuda_pipeline.Cut(*table[0]), rows)
+
+
 def test_wgmma_takes_only_what_the_instruction_has():
     integer, half, float8 = (
         cuda_layout.format_of(get_scheme(s)) for s in ("8da4w-32", "int4wo-64", "fp8dq")
