@@ -4,8 +4,8 @@
         [--shapes 28672x4096,4096x4096] [--rows 1,16] [--sanitize]
 
 For each scheme, shape (n x k) and number of rows: the kernel that fxquant chooses (measured tables
-included), its activations quantized by what Inductor makes of that step, a kernel of its own before
-the product. bfloat16 ``F.linear`` and torch's own quantized products run in the same process.
+included), its activations quantized by a kernel of its own before the product (of few rows what Inductor
+makes of that step; in a model it is fused with the norm before it). bfloat16 ``F.linear`` and torch's own quantized products run in the same process.
 Times are medians of CUDA-graph replays over copies of the weight that together exceed the L2 cache.
 An error is the largest in units of the allowance of ``tests/oracles.py`` (above 1 is a defect), up
 to 64 rows and over up to 2048 output columns.
@@ -40,10 +40,12 @@ from kernels_report import Reading, defects, page, short
 from llama_report import machine, rounded
 
 from fxquant import tuner
+from fxquant.inductor import OVERLAP
 from fxquant.lowering.devices import device_row
 from fxquant.lowering.dispatch import prequantized, run_kernel
 from fxquant.lowering.kernel import KERNELS, Kernel, Layout, Problem
 from fxquant.lowering.select import select
+from fxquant.lowering.triton_quantize import worth_it
 from fxquant.measure import copies, replayed
 from fxquant.scheme import SCHEMES, Quantized, QuantSpec, Scheme, get_scheme
 
@@ -64,16 +66,27 @@ PEER_SHAPES = SHAPES[:4]
 
 CHECKED_ROWS, CHECKED_COLUMNS = 64, 2048
 BACKEND = "inductor"
+OVERLAPPING = {"options": {OVERLAP: True}} if torch.cuda.is_available() else {}
 
 
 @cache
-def quantization(spec: QuantSpec) -> Callable[[torch.Tensor], list[torch.Tensor]]:
-    """x -> (codes, scale[, zero]) as Inductor compiles it, once for each k and one or more rows."""
+def quantization(scheme: Scheme) -> Callable[[torch.Tensor], list[torch.Tensor]]:
+    """x -> (codes, scale[, zero]) as a graph has it: few rows as Inductor compiles them, once for each k and
+    one or more rows, its kernel overlapping with the product's; many by a kernel of their own."""
+    spec = scheme.input
+    assert spec is not None
 
     def quantize(x: torch.Tensor) -> list[torch.Tensor]:
         return [t for t in spec.quantize(x) if t is not None]
 
-    return torch.compile(quantize, dynamic=False, fullgraph=True, backend=BACKEND)
+    settings: dict[str, Any] = {"dynamic": False, "fullgraph": True, "backend": BACKEND}
+    few = torch.compile(quantize, **settings, **OVERLAPPING)
+
+    def either(x: torch.Tensor) -> list[torch.Tensor]:
+        own = worth_it(x, spec)
+        return torch.ops.fxquant.quantize_rows(x, scheme.name) if own else few(x)
+
+    return either
 
 
 def activations(rows: int, k: int, device: torch.device) -> torch.Tensor:
@@ -119,7 +132,7 @@ class Subject:
             return torch.compile(whole, dynamic=False, fullgraph=True, backend=BACKEND)
         if scheme.input is None:
             return whole
-        quantize = quantization(scheme.input)
+        quantize = quantization(scheme)
 
         def product(x: torch.Tensor, *packed: torch.Tensor) -> torch.Tensor:
             row = prequantized(scheme, quantize(x))
@@ -220,7 +233,7 @@ def measure(
                 try:
                     record |= subject.read(kernel, layout, x, copy) | {"bf16_us": base}
                     if (spec := scheme.input) is not None and spec not in steps:
-                        steps[spec] = replayed([partial(quantization(spec), x)]) * 1e6
+                        steps[spec] = replayed([partial(quantization(scheme), x)]) * 1e6
                     if spec is not None:
                         record["quantize_us"] = steps[spec]
                 except Exception as failure:

@@ -27,8 +27,8 @@ from tqdm import tqdm
 from .backend import linears_of
 from .errors import InvalidOption
 from .lowering import cuda_layout, cuda_pipeline, cuda_stream
-from .lowering.cuda_pipeline import MULTIPROCESSORS, Cut
-from .lowering.cuda_stream import Shape
+from .lowering.cuda_pipeline import Cut
+from .lowering.cuda_stream import MULTIPROCESSORS, Shape
 from .lowering.devices import device_row
 from .lowering.dispatch import prequantized, run_kernel
 from .lowering.kernel import KERNELS, Problem

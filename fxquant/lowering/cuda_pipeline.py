@@ -23,6 +23,7 @@ from .cuda_stream import (
     COMMON,
     FINISHES,
     HALF,
+    MULTIPROCESSORS,
     SHARED_LIMIT,
     Shape,
     compile_linear,
@@ -125,10 +126,6 @@ PLAIN = (Cut(2, 2, 64, 128, 4), Cut(2, 1, 256, 64, 5), Cut(2, 2, 128, 128, 3), C
 """One of them fits whatever k the needs let through."""
 
 
-MULTIPROCESSORS = 132
-"""Of a Hopper GPU."""
-
-
 def cut_for(scheme: Scheme, n: int, k: int, rows: int, device: str) -> Cut:
     """The cut for this many rows: measured for this layer, or, adapted to it, for the likest one that was,
     or a plain one. Its tiles have no more tokens than an even share of the rows asks for."""
@@ -146,7 +143,9 @@ def cut_for(scheme: Scheme, n: int, k: int, rows: int, device: str) -> Cut:
             if tokens <= cut.tokens
         )
         fitting = [evened(one, rows) for one in options if one.fits(form, k)]
-        cut = min(fitting, key=lambda one: busiest(one, n, rows))
+        best = min(fitting, key=lambda one: busiest(one, n, rows))
+        if busiest(best, n, rows) < CLEARLY * busiest(evened(cut, rows), n, rows):
+            cut = best
     return evened(cut, rows)
 
 
@@ -156,9 +155,10 @@ def evened(cut: Cut, rows: int) -> Cut:
     return cut._replace(tokens=min(cut.tokens, 16 if share <= 16 else -(-share // 32) * 32))
 
 
-UNPACKING, ADDING = 64, 0.1
+UNPACKING, ADDING, ALONE, CLEARLY = 64, 0.1, 1.6, 0.9
 """What it takes to unpack a weight, in tokens that are multiplied meanwhile; to add up a split tile, as
-part of the tile."""
+part of the tile; a warpgroup that no other one works beside, as a multiple; and how much less work than
+with the measured cut makes another one worth it."""
 
 
 def busiest(cut: Cut, n: int, rows: int) -> float:
@@ -166,7 +166,8 @@ def busiest(cut: Cut, n: int, rows: int) -> float:
     tiles = -(-n // cut.rows) * -(-rows // cut.tokens)
     waves = -(-tiles * cut.splits // (MULTIPROCESSORS * cut.blocks))
     part = 1.0 if cut.splits == 1 else 1 / cut.splits + ADDING
-    return waves * part * cut.blocks * cut.rows * (cut.tokens + UNPACKING)
+    alone = ALONE if cut.blocks * cut.warpgroups == 1 else 1.0
+    return waves * part * alone * cut.blocks * cut.rows * (cut.tokens + UNPACKING)
 
 
 def source(form: Format, cut: Cut, half: bool) -> str:

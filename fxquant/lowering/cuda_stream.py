@@ -23,7 +23,7 @@ from .dequantize import LAYOUT as ROW_MAJOR
 from .devices import device_row
 from .kernel import Problem, activations_in, has_feature, kernel, multiple_of
 from .triton_launch import EPILOGUES, LIBRARY, estimate, input_is, k_at_most, weight_is
-from .tuning import tuned_shapes
+from .tuning import is_measured, tuned_shapes
 
 CODE = {torch.bfloat16: 1, torch.float16: 2, torch.float32: 3}
 ACTIVATION = {"": 0, "relu": 1, "gelu": 2, "gelu_tanh": 3, "silu": 4}
@@ -34,6 +34,12 @@ SOURCES = Path(__file__).parent / "cuda"
 
 BASE = {torch.bfloat16: 0x43004300, torch.float16: 0x64006400}
 """Bits under which a code of up to 7 bits is the float 128 + u, or 1024 + u, twice in a word."""
+
+MULTIPROCESSORS = 132
+"""Of a Hopper GPU."""
+
+BUSY = 0.85
+"""Enough of them."""
 
 SHARED_LIMIT = 227 * 1024
 """Bytes of shared memory that one block may use on Hopper."""
@@ -72,6 +78,11 @@ class Shape(NamedTuple):
         """Bytes of shared memory: the pipeline, or the partial sums that follow it."""
         sums = self.warps_k * max(self.tokens, 8) * (self.rows + 4) * 4
         return max(self.warps_k * self.stages * self.stage_bytes(form), sums)
+
+    def busy(self, n: int, rows: int) -> float:
+        """The part of the multiprocessors that have a block, while the last blocks are computed too."""
+        blocks = -(-n // self.rows) * -(-rows // self.tokens) * self.splits
+        return blocks / (-(-blocks // MULTIPROCESSORS) * MULTIPROCESSORS)
 
     def paired(self, form: Format, k: int) -> Shape:
         """The same with an even number of tiles, of which half are of each half of the channels (GATES)."""
@@ -120,12 +131,19 @@ def warpgroup_product(form: Format, tokens: int, half: bool) -> str:
 
 
 def shape_for(scheme: Scheme, n: int, k: int, rows: int, device: str) -> Shape:
-    """The cut for this many rows: measured for this layer, or for the likest one that was, or plain."""
+    """The cut for this many rows: measured for this layer, or else for the likest one whose blocks keep
+    the multiprocessors of this one busy, or a plain one."""
     form = format_of(scheme)
-    for found in tuned_shapes(device, "shapes", scheme.name, scheme.family, n, k, rows):
-        if (shape := Shape(*found)).fits(form, k):
-            return shape
-    return plain_shape(form, k, rows)
+    found = tuned_shapes(device, "shapes", scheme.name, scheme.family, n, k, rows)
+    fitting = [shape for shape in (Shape(*one) for one in found) if shape.fits(form, k)]
+    if not fitting:
+        return plain_shape(form, k, rows)
+    if is_measured(device, "shapes", scheme.name, n, k):
+        return fitting[0]
+    narrow = (shape._replace(row_tiles=1) for shape in fitting)
+    options = [*fitting[:1], *(shape for shape in narrow if shape.fits(form, k)), *fitting[1:]]
+    full = (shape for shape in options if shape.busy(n, rows) > BUSY)
+    return next(full, max(options, key=lambda shape: shape.busy(n, rows)))
 
 
 def plain_shape(form: Format, k: int, rows: int) -> Shape:
