@@ -4,8 +4,9 @@
         [--shapes 28672x4096,4096x4096] [--rows 1,16] [--sanitize]
 
 For each scheme, shape (n x k) and number of rows: the kernel that fxquant chooses (measured tables
-included), its activations quantized by a kernel of its own before the product (of few rows what Inductor
-makes of that step; in a model it is fused with the norm before it). bfloat16 ``F.linear`` and torch's own quantized products run in the same process.
+included), its activations quantized by a kernel of its own before the product (of few rows what
+Inductor makes of that step; in a model it is fused with the norm before it). bfloat16 ``F.linear``
+and torch's own quantized products run in the same process.
 Times are medians of CUDA-graph replays over copies of the weight that together exceed the L2 cache.
 An error is the largest in units of the allowance of ``tests/oracles.py`` (above 1 is a defect), up
 to 64 rows and over up to 2048 output columns.
