@@ -46,7 +46,7 @@ from fxquant.lowering.devices import device_row
 from fxquant.lowering.dispatch import prequantized, run_kernel
 from fxquant.lowering.kernel import KERNELS, Kernel, Layout, Problem
 from fxquant.lowering.select import select
-from fxquant.lowering.triton_quantize import worth_it
+from fxquant.lowering.triton_quantize import are_many, is_served
 from fxquant.measure import copies, replayed
 from fxquant.scheme import SCHEMES, Quantized, QuantSpec, Scheme, get_scheme
 
@@ -84,7 +84,7 @@ def quantization(scheme: Scheme) -> Callable[[torch.Tensor], list[torch.Tensor]]
     few = torch.compile(quantize, **settings, **OVERLAPPING)
 
     def either(x: torch.Tensor) -> list[torch.Tensor]:
-        own = worth_it(x, spec)
+        own = is_served(x, spec) and are_many(x)
         return torch.ops.fxquant.quantize_rows(x, scheme.name) if own else few(x)
 
     return either

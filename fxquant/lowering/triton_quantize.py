@@ -1,8 +1,9 @@
-"""Triton: many rows of activations quantized per token, each read once.
+"""Triton: rows of activations quantized per token, each read once.
 
-What Inductor makes of ``fxquant.quantize`` is fused with the norm before it, which is worth more than
-this for few rows. Of many it reads every row three times, and took 100 us for 2048 x 14336 on an H200
-and 20 for 2048 x 4096, where the bytes alone take 21 and 6.
+What Inductor makes of ``fxquant.quantize`` is fused with the norm before it, which for few rows is
+worth more than this. Of many rows it reads each three times, and took 100 us for 2048 x 14336 on an
+H200 and 20 for 2048 x 4096, where the bytes alone take 21 and 6. Of one long row behind another
+kernel, with nothing to fuse, it makes three kernels.
 """
 
 from __future__ import annotations
@@ -107,12 +108,17 @@ SERVED = (
 )
 
 
-def worth_it(x: torch.Tensor, spec: QuantSpec) -> bool:
-    """Whether x[rows, k], a fake one maybe, is quantized by this kernel: of a symbolic number of rows too."""
+def is_served(x: torch.Tensor, spec: QuantSpec) -> bool:
+    """Whether this kernel can quantize ``x``, a fake one maybe."""
     if not HAS_TRITON or x.device.type not in PLACES or x.dim() != 2:
         return False
-    rows, k = x.shape
-    many = not isinstance(rows, int) or rows * k >= LEAST
+    k = x.shape[1]
     token = spec.granularity == "token" and spec.scale_dtype == torch.float32
     served = (spec.dtype, spec.mapping, spec.zero_point_domain) in SERVED
-    return many and token and served and isinstance(k, int) and 0 < k <= WIDEST
+    return token and served and isinstance(k, int) and 0 < k <= WIDEST
+
+
+def are_many(x: torch.Tensor) -> bool:
+    """Whether it is better at it than what is fused: for an unknown number of rows too."""
+    rows, k = x.shape
+    return not isinstance(rows, int) or rows * k >= LEAST

@@ -9,9 +9,10 @@ from torch import fx
 
 from ..graph import describe, inline, replace, value
 from ..inductor import realize, trace_decomposed
-from ..lowering.triton_quantize import worth_it
+from ..lowering.triton_quantize import are_many, is_served
 from ..ops import quantize, quantize_static, spec_of
 
+aten = torch.ops.aten
 ops = torch.ops.fxquant
 
 REFERENCES = {
@@ -21,8 +22,8 @@ REFERENCES = {
 
 
 def expand(graph: fx.Graph) -> None:
-    """Put the ops of each ``fxquant.quantize`` into Inductor's graph, where they fuse with others; where
-    there are many rows, a kernel of their own.
+    """Put the ops of each ``fxquant.quantize`` into Inductor's graph, where they fuse with others. Where
+    there are many rows, or nothing to fuse with, they stay one kernel of our own.
 
     One node until here: AOTAutograd runs every op of a graph several times over, and thirty of them
     at every linear would cost it more than the rest of the model.
@@ -36,9 +37,23 @@ def expand(graph: fx.Graph) -> None:
                 _expand_one(graph, node, bodies)
 
 
+VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
+PRODUCTS = (aten.mm.default, aten.addmm.default, aten.bmm.default)
+
+
 def _has_kernel(node: fx.Node) -> bool:
     x, scheme, role = node.args
-    return role == "input" and worth_it(value(x), spec_of(scheme, role))  # type: ignore[arg-type]
+    if role != "input" or not is_served(value(x), spec_of(scheme, role)):  # type: ignore[arg-type]
+        return False
+    return are_many(value(x)) or _follows_a_kernel(x)  # type: ignore[arg-type]
+
+
+def _follows_a_kernel(x: fx.Node) -> bool:
+    """Whether ``x`` is what a kernel has written that Inductor does not generate."""
+    while x.target in VIEWS:
+        x = x.args[0]  # type: ignore[assignment]
+    ours = isinstance(x.target, torch._ops.OpOverload) and x.target.namespace == "fxquant"
+    return ours or x.target in PRODUCTS
 
 
 def _expand_one(graph: fx.Graph, node: fx.Node, bodies: dict[Any, fx.GraphModule]) -> None:

@@ -11,8 +11,9 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if DEVICE == "cpu":
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-import fxquant  # noqa: E402
-from fxquant import passes  # noqa: E402
+from torch._subclasses import FakeTensorMode  # noqa: E402
+
+from fxquant.inductor import trace_decomposed  # noqa: E402
 from fxquant.lowering import triton_quantize  # noqa: E402
 from fxquant.lowering.triton_launch import HAS_TRITON  # noqa: E402
 from fxquant.passes.expansion import expand  # noqa: E402
@@ -91,33 +92,52 @@ def anywhere(monkeypatch):
 def test_what_is_worth_a_kernel_of_its_own(anywhere):
     spec = get_scheme("int8dq").input
 
-    def worth(rows, k, spec=spec):
-        return triton_quantize.worth_it(torch.empty(rows, k, device=DEVICE), spec)
+    def x(rows, k):
+        return torch.empty(rows, k, device=DEVICE)
 
-    assert worth(256, 4096) and not worth(255, 4096) and not worth(16, 4096)
-    assert not worth(64, (1 << 15) + 1), "a row does not fit"
-    assert not worth(1 << 14, 64, get_scheme("int8static").input), "no scale for each row"
-    assert not triton_quantize.worth_it(torch.empty(1024, 2048, device="meta"), spec)
-    assert not triton_quantize.worth_it(torch.empty(4, 512, 1024, device=DEVICE), spec)
+    served, many = triton_quantize.is_served, triton_quantize.are_many
+    assert many(x(256, 4096)) and not many(x(255, 4096)) and not many(x(16, 4096))
+    assert served(x(1, 4096), spec)
+    assert not served(x(64, (1 << 15) + 1), spec), "a row does not fit"
+    assert not served(x(64, 64), get_scheme("int8static").input), "no scale for each row"
+    assert not served(torch.empty(1024, 2048, device="meta"), spec)
+    assert not served(torch.empty(4, 512, 1024, device=DEVICE), spec)
 
 
 def test_nothing_is_interpreted_on_the_cpu():
-    spec = get_scheme("int8dq").input
-    assert not triton_quantize.worth_it(torch.empty(1024, 2048), spec)
+    assert not triton_quantize.is_served(torch.empty(1024, 2048), get_scheme("int8dq").input)
 
 
-@pytest.mark.parametrize("rows, own", [(2, False), (300, True)])
-@torch.no_grad()
-def test_inductor_gets_the_kernel_where_rows_are_many(rows, own, anywhere):
-    model = torch.nn.Sequential(torch.nn.LayerNorm(4096), torch.nn.Linear(4096, 32)).to(DEVICE)
-    gm = fxquant.trace(model.requires_grad_(False), (torch.randn(rows, 4096, device=DEVICE),))
-    for _, one in passes.pipeline("int8dq"):
-        one(gm)
+@pytest.mark.parametrize(
+    "before, rows, least, own",
+    [
+        (torch.sin, 2, 1 << 20, False),
+        (lambda y: y @ y.mT @ y, 2, 1 << 20, True),
+        (lambda y: (y @ y.mT @ y).reshape(2, 1, 64).view(-1, 64), 2, 1 << 20, True),
+        (lambda y: torch.bmm(y[None], (y.mT @ y)[None])[0].view(2, 64), 2, 1 << 20, False),
+        (lambda y: (y @ y.mT @ y).sin(), 2, 1 << 20, False),
+        (lambda y: torch.ops.fxquant.quantize(y, "fp8dq", "input")[1] * y, 2, 1 << 20, False),
+        (torch.sin, 20, 1200, True),
+        (torch.sin, 20, 1300, False),
+    ],
+    ids=["fused", "product", "views", "a slice", "activation", "scaled", "many", "not so many"],
+)
+def test_inductor_gets_the_kernel_where_it_is_better(
+    before, rows, least, own, anywhere, monkeypatch
+):
+    monkeypatch.setattr(triton_quantize, "LEAST", least)
+    x = FakeTensorMode().from_tensor(torch.randn(rows, 64))
+    gm = trace_decomposed(lambda x: torch.ops.fxquant.quantize(before(x), "int8dq", "input"), x)
+    (node,) = [n for n in quantizations(gm) if n.args[1] == "int8dq"]
+    before_it = list(node.users)
     expand(gm.graph)
-    targets = {str(node.target) for node in gm.graph.nodes}
-    assert "fxquant.quantize.default" not in targets
-    assert ("fxquant.quantize_rows.default" in targets) == own
-    gm.recompile()
-    x = torch.randn(rows, 4096, device=DEVICE)
-    y, wanted = gm(x), model(x)
-    assert (y - wanted).norm() / wanted.norm() < 0.02
+    gm.graph.lint()
+    assert not quantizations(gm) and before_it
+    kernels = gm.graph.find_nodes(
+        op="call_function", target=torch.ops.fxquant.quantize_rows.default
+    )
+    assert [n.args[1] for n in kernels if n.args[1] == "int8dq"] == ["int8dq"] * own
+
+
+def quantizations(gm: torch.fx.GraphModule) -> list[torch.fx.Node]:
+    return gm.graph.find_nodes(op="call_function", target=torch.ops.fxquant.quantize.default)
