@@ -20,6 +20,7 @@ import dataclasses
 import datetime
 import fnmatch
 import logging
+import math
 import platform
 import time
 from collections.abc import Sequence
@@ -52,14 +53,17 @@ def rows_for(subject: str, patterns: Sequence[str]) -> list[Contender]:
 
 
 def readings(
-    subject: Subject, rows: Sequence[Contender], label: str
+    subject: Subject, rows: Sequence[Contender], label: str, deadline: float = math.inf
 ) -> tuple[dict[str, np.ndarray], dict[str, str], dict[str, float]]:
-    """Losses [measures, items] by row, what failed with its message, and seconds."""
+    """Losses [measures, items] by row, what failed with its message, and seconds. No row begins after
+    the ``deadline`` (of ``time.perf_counter``)."""
     found, failed, seconds = {}, {}, {}
     progress = tqdm(rows, desc=label)
     for row in progress:
         progress.set_postfix_str(row.name)
-        started = time.perf_counter()
+        if (started := time.perf_counter()) > deadline:
+            failed[row.name] = "no time was left for it"
+            continue
         try:
             values = subject.measure(convert(row, subject.calibration))
             if not np.isfinite(values).all():
@@ -82,7 +86,7 @@ def run(args: argparse.Namespace, name: str) -> tuple[dict[str, Losses], dict[st
     for seed in args.seeds:
         subject = SUBJECTS[name](args, seed)
         rows = rows_for(name, args.schemes)
-        mine, wrong, took = readings(subject, rows, f"{name}, seed {seed}")
+        mine, wrong, took = readings(subject, rows, f"{name}, seed {seed}", args.deadline)
         for row, losses in mine.items():
             values.setdefault(row, []).append(losses)
         failed |= {row: f"{why} (seed {seed})" for row, why in wrong.items()}
@@ -133,9 +137,13 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--schemes", nargs="+", default=["*"], help="patterns of rows' names")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--minutes", type=float, help="of training, for each model")
+    parser.add_argument(
+        "--limit", type=float, default=math.inf, help="minutes for all rows to begin"
+    )
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     parser.add_argument("--cache", type=Path, default=cache_folder())
     args = parser.parse_args(argv)
+    args.deadline = time.perf_counter() + 60 * args.limit
     args.settings = SIZES[args.size]
     if args.minutes is not None:
         args.settings = dataclasses.replace(args.settings, minutes=args.minutes)
@@ -161,13 +169,13 @@ def main(argv: Sequence[str] | None = None) -> None:
             measured |= found
         except (ImportError, metadata.PackageNotFoundError) as error:
             print(f"{name} left out: {error}")
-    report["subjects"] = subjects
-    report["expectations"] = [
-        e.check(measured) for e in EXPECTATIONS if e.subject.split()[0] in args.subjects
-    ]
-    report["seconds"] = round(time.perf_counter() - started, 1)
+        report["subjects"] = subjects
+        report["expectations"] = [
+            e.check(measured) for e in EXPECTATIONS if e.subject.split()[0] in args.subjects
+        ]
+        report["seconds"] = round(time.perf_counter() - started, 1)
+        save(report, args.out, f"accuracy_{device().type}")  # what is measured is not lost
     print(page(report))
-    save(report, args.out, f"accuracy_{device().type}")
     print(f"took {report['seconds']:.0f} s")
 
 
