@@ -329,9 +329,8 @@ def _alpha(
     rows = _sample(stats, names, "auto").to(next(iter(known.values())).device)
     largest = largest.to(rows.device)
     scales = [smoothing_scale(largest, [*weights.values()], alpha) for alpha in ALPHAS]
-    candidates = [torch.ones_like(largest), *scales]
-    found = least_error(rows, [*known.values()], [schemes[name] for name in known], candidates)
-    return (None, *ALPHAS)[found.best]
+    found = least_error(rows, [*known.values()], [schemes[name] for name in known], scales)
+    return None if found.best is None else ALPHAS[found.best]
 
 
 def _awq(

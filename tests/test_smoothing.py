@@ -11,7 +11,6 @@ from torch import nn
 import fxquant
 from fxquant.errors import InvalidOption
 from fxquant.scheme import get_scheme
-from fxquant.solvers import least_error
 
 from .conftest import sqnr
 from .test_architectures import ARCHITECTURES, made
@@ -331,31 +330,6 @@ def test_alpha_found_by_output_error():
     by_layer = fxquant.quantize(copy.deepcopy(model), "int8dq", stats=stats, smooth=alphas)
     auto = fxquant.quantize(copy.deepcopy(model), "int8dq", stats=stats, smooth="auto")
     assert torch.equal(by_layer(x), auto(x))
-
-
-@torch.no_grad()
-def test_a_group_that_smoothing_would_harm_is_left_alone():
-    """Weights with the same channels large as the inputs: moving difficulty makes both worse."""
-    torch.manual_seed(0)
-    x = torch.randn(256, 64)
-    w = torch.randn(32, 64)
-    scales = [torch.ones(64), torch.rand(64) * 50 + 0.02]
-    found = least_error(x, [w], [get_scheme("int8dq")], scales)
-    assert found.best == 0 and found.errors[0] < found.errors[1]
-
-
-@torch.no_grad()
-def test_least_error_is_the_error_of_the_scheme_itself():
-    x, w = torch.randn(40, 64).double(), torch.randn(8, 64).double()
-    s = torch.rand(64).double() + 0.5
-    scheme = get_scheme("8da4w-32")
-    q = scheme.weight.quantize(w * s)
-    xq = scheme.input.dequantize(scheme.input.quantize(x / s), torch.float64)
-    expected = (xq @ scheme.weight.dequantize(q, torch.float64).T - x @ w.T).square().sum()
-    found = least_error(x, [w], [scheme], [s])
-    assert found.errors == pytest.approx([float(expected)], rel=1e-9)
-    overflow = least_error(x, [w], [scheme], [torch.zeros(64), torch.ones(64)])
-    assert overflow.best == 1 and overflow.errors[0] == torch.inf
 
 
 @torch.no_grad()
