@@ -93,7 +93,8 @@ class LanguageModel(nn.Module):
 
 
 def initialize(model: LanguageModel, seed: int) -> None:
-    """Weights of standard deviation 0.02; those that end a branch less, by the number of branches."""
+    """Weights of standard deviation 0.02; those that end a branch less, by the number of branches. The
+    same on every device."""
     random = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -102,7 +103,8 @@ def initialize(model: LanguageModel, seed: int) -> None:
                 continue
             ends = name.endswith(("o_proj.weight", "down_proj.weight"))
             scale = (2 * model.shape.layers) ** -0.5 if ends else 1.0
-            parameter.normal_(0.0, 0.02 * scale, generator=random)
+            values = torch.empty(parameter.shape)
+            parameter.copy_(values.normal_(0.0, 0.02 * scale, generator=random))
 
 
 def readers(model: LanguageModel) -> list[tuple[nn.RMSNorm, list[nn.Linear]]]:

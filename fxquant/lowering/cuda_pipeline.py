@@ -20,6 +20,7 @@ from ..scheme import Scheme
 from . import nvrtc
 from .cuda_layout import STREAM, Format, format_of
 from .cuda_stream import (
+    BUSY,
     COMMON,
     FINISHES,
     HALF,
@@ -48,6 +49,11 @@ SOURCES = (
 
 SPARE = 40
 """Registers beside the sums: the weights being unpacked, addresses."""
+
+
+UNPACKING, ADDING, ALONE = 64, 0.1, 1.6
+"""What it takes to unpack a weight, in tokens that are multiplied meanwhile; to add up a split tile, as
+part of the tile; and a warpgroup that no other one works beside, as a multiple."""
 
 
 class Cut(NamedTuple):
@@ -110,6 +116,25 @@ class Cut(NamedTuple):
         parts = (2 if self.tokens <= 64 else 1) if form.chunk and form.x_bits == 8 else 0
         return (self.row_tiles + parts) * self.tokens // 2
 
+    def tiles(self, n: int, rows: int) -> int:
+        """Of the result, each computed by a cluster of ``splits`` blocks."""
+        return -(-n // self.rows) * -(-rows // self.tokens)
+
+    def waves(self, n: int, rows: int) -> int:
+        """How often a place for a block on a multiprocessor is taken, at most."""
+        return -(-self.tiles(n, rows) * self.splits // (MULTIPROCESSORS * self.blocks))
+
+    def busy(self, n: int, rows: int) -> float:
+        """The part of those places that have a block, on average over the waves."""
+        places = self.waves(n, rows) * MULTIPROCESSORS * self.blocks
+        return self.tiles(n, rows) * self.splits / places
+
+    def work(self, rows: int) -> float:
+        """Of a multiprocessor in one wave, in tokens of a channel."""
+        part = 1.0 if self.splits == 1 else 1 / self.splits + ADDING
+        alone = ALONE if self.blocks * self.warpgroups == 1 else 1.0
+        return part * alone * self.blocks * self.rows * (min(self.tokens, rows) + UNPACKING)
+
     def fits(self, form: Format, k: int) -> bool:
         """Whether the kernel can be cut like this."""
         fits = k % self.step == 0 and self.step % form.unit == 0 and not form.row_major
@@ -127,14 +152,15 @@ PLAIN = (Cut(2, 2, 64, 128, 4), Cut(2, 1, 256, 64, 5), Cut(2, 2, 128, 128, 3), C
 
 
 def cut_for(scheme: Scheme, n: int, k: int, rows: int, device: str) -> Cut:
-    """The cut for this many rows: measured for this layer, or, adapted to it, for the likest one that was,
-    or a plain one. Its tiles have no more tokens than an even share of the rows asks for."""
+    """The cut for this many rows: measured for this layer, or for the likest one that was (adapted, where
+    it leaves multiprocessors without work), or a plain one. Its tiles have no more tokens than an even
+    share of the rows asks for."""
     form = format_of(scheme)
     found = tuned_shapes(device, "pipelines", scheme.name, scheme.family, n, k, rows)
     tuned = (Cut(*measured) for measured in found)
     plain = sorted(PLAIN, key=lambda cut: abs(cut.tokens - rows))
     cut = next(cut for cut in (*tuned, *plain) if cut.fits(form, k))
-    if not is_measured(device, "pipelines", scheme.name, n, k):
+    if not is_measured(device, "pipelines", scheme.name, n, k) and cut.busy(n, rows) < BUSY:
         options = (
             cut._replace(warpgroups=groups, row_tiles=tiles, tokens=tokens, splits=splits)
             for groups, tiles in dict.fromkeys((cut[:2], (1, 1)))
@@ -143,9 +169,8 @@ def cut_for(scheme: Scheme, n: int, k: int, rows: int, device: str) -> Cut:
             if tokens <= cut.tokens
         )
         fitting = [evened(one, rows) for one in options if one.fits(form, k)]
-        best = min(fitting, key=lambda one: busiest(one, n, rows))
-        if busiest(best, n, rows) < CLEARLY * busiest(evened(cut, rows), n, rows):
-            cut = best
+        at_once = [one for one in fitting if one.waves(n, rows) == 1]
+        cut = min(at_once, key=lambda one: one.work(rows), default=cut)
     return evened(cut, rows)
 
 
@@ -153,21 +178,6 @@ def evened(cut: Cut, rows: int) -> Cut:
     """The same number of tiles, with as many tokens each, in steps of 32: few variants to compile."""
     share = -(-rows // -(-rows // cut.tokens))
     return cut._replace(tokens=min(cut.tokens, 16 if share <= 16 else -(-share // 32) * 32))
-
-
-UNPACKING, ADDING, ALONE, CLEARLY = 64, 0.1, 1.6, 0.9
-"""What it takes to unpack a weight, in tokens that are multiplied meanwhile; to add up a split tile, as
-part of the tile; a warpgroup that no other one works beside, as a multiple; and how much less work than
-with the measured cut makes another one worth it."""
-
-
-def busiest(cut: Cut, n: int, rows: int) -> float:
-    """The work of the busiest multiprocessor, in tokens of a channel."""
-    tiles = -(-n // cut.rows) * -(-rows // cut.tokens)
-    waves = -(-tiles * cut.splits // (MULTIPROCESSORS * cut.blocks))
-    part = 1.0 if cut.splits == 1 else 1 / cut.splits + ADDING
-    alone = ALONE if cut.blocks * cut.warpgroups == 1 else 1.0
-    return waves * part * alone * cut.blocks * cut.rows * (cut.tokens + UNPACKING)
 
 
 def source(form: Format, cut: Cut, half: bool) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from ..graph import describe, inline, replace, value
+from ..graph import describe, emit, inline, replace, value
 from ..inductor import realize, trace_decomposed
 from ..lowering.triton_quantize import are_many, is_served
 from ..ops import quantize, quantize_static, spec_of
@@ -32,7 +32,11 @@ def expand(graph: fx.Graph) -> None:
     for target in REFERENCES:
         for node in graph.find_nodes(op="call_function", target=target):
             if target is ops.quantize.default and _has_kernel(node):
-                node.target, node.args = ops.quantize_rows.default, node.args[:2]
+                with graph.inserting_before(
+                    node
+                ):  # its meta has values for arguments of the old op
+                    own = emit(graph, node, ops.quantize_rows.default, *node.args[:2])
+                replace(node, own)
             else:
                 _expand_one(graph, node, bodies)
 

@@ -11,13 +11,16 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if DEVICE == "cpu":
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+from torch._inductor.utils import fresh_cache, run_and_get_code  # noqa: E402
 from torch._subclasses import FakeTensorMode  # noqa: E402
 
+import fxquant  # noqa: E402
 from fxquant.inductor import trace_decomposed  # noqa: E402
 from fxquant.lowering import triton_quantize  # noqa: E402
 from fxquant.lowering.triton_launch import HAS_TRITON  # noqa: E402
 from fxquant.passes.expansion import expand  # noqa: E402
 from fxquant.scheme import get_scheme  # noqa: E402
+from tests.conftest import sqnr  # noqa: E402
 
 pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="needs Triton")
 SCHEMES = ["int8dq", "8da4w-32", "fp8dq"]
@@ -141,3 +144,31 @@ def test_inductor_gets_the_kernel_where_it_is_better(
 
 def quantizations(gm: torch.fx.GraphModule) -> list[torch.fx.Node]:
     return gm.graph.find_nodes(op="call_function", target=torch.ops.fxquant.quantize.default)
+
+
+class Products(torch.nn.Module):
+    """The second linear reads what a product has written."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.a = torch.nn.LayerNorm(64), torch.nn.Linear(64, 64)
+        self.b = torch.nn.Linear(64, 32)
+        self.requires_grad_(False).to(DEVICE)
+
+    def forward(self, x):
+        y = self.a(self.norm(x))
+        return self.b(y @ y.mT @ y)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@torch.no_grad()
+def test_through_inductor(dynamic, anywhere):
+    model = Products()
+    torch.compiler.reset()
+    with fresh_cache():
+        run = fxquant.compile(model, "int8dq", dynamic=dynamic)
+        for rows in (5, 9) if dynamic else (5,):
+            x = torch.randn(rows, 64, device=DEVICE)
+            y, code = run_and_get_code(run, x)
+            assert sqnr(y, model(x)) > 30
+            assert any("fxquant.quantize_rows" in text for text in code) or rows == 9
