@@ -184,6 +184,7 @@ def page(report: dict[str, Any]) -> str:
         parts.append(f"## Microseconds at {n}x{k} (quantization alone)\n\n{times(records, n, k)}\n")
     for name, scheme in dict.fromkeys((r["kernel"], r["scheme"]) for r in report["peers"]):
         parts.append(f"## torch's {name}, {scheme}\n\n{table(report['peers'], scheme, name)}\n")
+    parts += [f"- {note}" for note in report.get("notes", [])]
     return "\n".join(part for part in parts if part)
 
 

@@ -101,7 +101,12 @@ def pack(scheme: Scheme, q: Quantized) -> list[torch.Tensor]:
     if form.x_zero:
         sums = [scheme.weight.dequantize(slab, torch.float64).sum(1).float() for slab in slabs]
         per_row = torch.cat(sums)
-    return [torch.cat([_stream(scheme, slab, k) for slab in slabs]), per_row]
+    shape = (-(-n // TILE), k // form.unit, form.unit_bytes)
+    stream = torch.empty(shape, dtype=torch.uint8, device=q.codes.device)
+    for first, slab in zip(range(0, shape[0], rows // TILE), slabs, strict=True):
+        tiles = _stream(scheme, slab, k)  # not all of them at once beside their copy
+        stream[first : first + len(tiles)] = tiles
+    return [stream, per_row]
 
 
 def row_power(scale: torch.Tensor) -> torch.Tensor:
