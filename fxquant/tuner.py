@@ -32,8 +32,8 @@ from .lowering.cuda_stream import MULTIPROCESSORS, Shape
 from .lowering.devices import device_row
 from .lowering.dispatch import prequantized, run_kernel
 from .lowering.kernel import KERNELS, Problem
-from .lowering.select import FALLBACK, forget, select
-from .lowering.tuning import SECTIONS, key, user_table
+from .lowering.select import FALLBACK, select
+from .lowering.tuning import SECTIONS, forget, key, user_table
 from .measure import copies, replayed
 from .scheme import Scheme, get_scheme
 

@@ -11,7 +11,7 @@ from torch import nn
 import fxquant
 from fxquant.inductor import Regions
 from fxquant.lowering import native
-from fxquant.lowering.select import forget
+from fxquant.lowering.tuning import forget
 from fxquant.scheme import SCHEMES, get_scheme
 
 from .conftest import Block, sqnr

@@ -14,7 +14,8 @@ import torch
 
 from fxquant.lowering import nvrtc
 from fxquant.lowering.kernel import CANONICAL, KERNELS, LAYOUTS
-from fxquant.lowering.select import Choice, forget
+from fxquant.lowering.select import Choice
+from fxquant.lowering.tuning import forget
 from fxquant.scheme import SCHEMES, get_scheme
 from tests.lowering.test_cuda_kernels import HOPPER
 

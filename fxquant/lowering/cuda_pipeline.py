@@ -36,7 +36,7 @@ from .cuda_stream import (
 from .devices import device_row
 from .kernel import Problem, kernel
 from .triton_launch import estimate, input_is
-from .tuning import is_measured, tuned_shapes
+from .tuning import is_measured, remembered, tuned_shapes
 
 SOURCES = (
     "constants.cuh",
@@ -151,6 +151,7 @@ PLAIN = (Cut(2, 2, 64, 128, 4), Cut(2, 1, 256, 64, 5), Cut(2, 2, 128, 128, 3), C
 """One of them fits whatever k the needs let through."""
 
 
+@remembered
 def cut_for(scheme: Scheme, n: int, k: int, rows: int, device: str) -> Cut:
     """The cut for this many rows: measured for this layer, or for the likest one that was (adapted, where
     it leaves multiprocessors without work), or a plain one. Its tiles have no more tokens than an even

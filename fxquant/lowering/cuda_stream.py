@@ -23,20 +23,18 @@ from .dequantize import LAYOUT as ROW_MAJOR
 from .devices import device_row
 from .kernel import Problem, activations_in, has_feature, kernel, multiple_of
 from .triton_launch import EPILOGUES, LIBRARY, estimate, input_is, k_at_most, weight_is
-from .tuning import is_measured, tuned_shapes
+from .tuning import is_measured, remembered, tuned_shapes
 
 CODE = {torch.bfloat16: 1, torch.float16: 2, torch.float32: 3}
 ACTIVATION = {"": 0, "relu": 1, "gelu": 2, "gelu_tanh": 3, "silu": 4}
 FINISHES = (*EPILOGUES, *GATES)
-"""The epilogues of these kernels."""
 
 SOURCES = Path(__file__).parent / "cuda"
 
 BASE = {torch.bfloat16: 0x43004300, torch.float16: 0x64006400}
 """Bits under which a code of up to 7 bits is the float 128 + u, or 1024 + u, twice in a word."""
 
-MULTIPROCESSORS = 132
-"""Of a Hopper GPU."""
+MULTIPROCESSORS = 132  # of a Hopper GPU
 
 BUSY = 0.6
 """The part of them that must have a block: with fewer the cut of another layer is changed for another.
@@ -131,6 +129,7 @@ def warpgroup_product(form: Format, tokens: int, half: bool) -> str:
     )
 
 
+@remembered
 def shape_for(scheme: Scheme, n: int, k: int, rows: int, device: str) -> Shape:
     """The cut for this many rows: measured for this layer, or else for the likest one whose blocks keep
     the multiprocessors of this one busy, or a plain one."""

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import lru_cache
 
 from .cost import _compiled, crossovers
 from .kernel import CANONICAL, KERNELS, LAYOUTS, Kernel, Layout, Problem
-from .tuning import tuned_kernels, tuned_shapes, tuned_table
+from .tuning import remembered, tuned_kernels
 
 FALLBACK = "dequantize"
 
@@ -43,13 +42,7 @@ def select(problem: Problem) -> Choice:
     return _select(replace(problem, m=None))
 
 
-def forget() -> None:
-    """Choose anew: measured tables have changed."""
-    for cached in (_select, tuned_table, tuned_shapes):
-        cached.cache_clear()
-
-
-@lru_cache(maxsize=1024)
+@remembered
 def _select(whole: Problem) -> Choice:
     reasons = {k.name: k.refusal(whole) for k in KERNELS.values()}
     usable = [k for k in KERNELS.values() if reasons[k.name] is None]

@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,22 @@ SECTIONS = ("kernels", "shapes", "pipelines")
 
 KIN = {"H100": "NVIDIA H200", "GH200": "NVIDIA H200"}
 """In the name of a device that has no table: whose serves, the same chip's beside another memory."""
+
+
+_REMEMBERED: list[Any] = []
+
+
+def remembered(function: Callable[..., Any]) -> Any:
+    """``lru_cache`` for what is chosen by the tables, until ``forget``: a launch asks for it each time."""
+    cached = lru_cache(maxsize=4096)(function)
+    _REMEMBERED.append(cached)
+    return cached
+
+
+def forget() -> None:
+    """Choose anew: measured tables have changed."""
+    for cached in _REMEMBERED:
+        cached.cache_clear()
 
 
 def user_table(device: str) -> Path:
@@ -47,9 +63,9 @@ def shipped_table(device: str) -> Path:
     return own if own.is_file() else SHIPPED / _file(next(kin, device))
 
 
-@lru_cache
+@remembered
 def tuned_table(device: str) -> dict[str, dict[str, list[Any]]]:
-    """Both files as one; ``select.forget()`` has them read again."""
+    """Both files as one; ``forget()`` has them read again."""
     merged: dict[str, dict[str, list[Any]]] = {section: {} for section in SECTIONS}
     for path in (shipped_table(device), user_table(device)):
         if path.is_file():
@@ -94,7 +110,7 @@ def _distance(entry: str, n: int, k: int) -> float:
     return sum(abs(math.log(a / b)) for a, b in zip(there, (n, k), strict=True))
 
 
-@lru_cache(maxsize=4096)
+@remembered
 def tuned_shapes(
     device: str, section: str, scheme: str, family: str, n: int, k: int, rows: int
 ) -> tuple[tuple[int, ...], ...]:

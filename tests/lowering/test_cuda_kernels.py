@@ -13,8 +13,8 @@ from fxquant import tuner
 from fxquant.lowering import cuda_layout, cuda_pipeline, cuda_prefill, cuda_stream, nvrtc
 from fxquant.lowering.cuda_stream import Shape
 from fxquant.lowering.kernel import KERNELS, Device, Problem
-from fxquant.lowering.select import forget, select
-from fxquant.lowering.tuning import shipped_table, tuned_kernels, tuned_shapes
+from fxquant.lowering.select import select
+from fxquant.lowering.tuning import forget, shipped_table, tuned_kernels, tuned_shapes
 from fxquant.scheme import get_scheme
 from tests import oracles
 
