@@ -85,6 +85,7 @@ def quantize(
     given, model = model, getattr(model, "_orig_mod", model)
     rules, solver = Recipe.of(recipe), None if solver is None else get_solver(solver)
     _check_options(stats, smooth, solver, batches, folder)
+    place = _place(device)
     check_ranges(ranges)
     plan = planned(model, rules)
     rules.check_used(linears_of([model]))
@@ -114,7 +115,6 @@ def quantize(
         )
         for name, (module, scheme) in _once(plan).items()
     }
-    place = None if device is None else torch.device(device)
     solved: Mapping[str, Coded] = {}
     if batches is not None:
         assert solver is not None
@@ -143,6 +143,18 @@ def quantize(
     share_inputs(model)
     model.register_load_state_dict_post_hook(share_inputs)
     return given
+
+
+def _place(device: torch.device | str | None) -> torch.device | None:
+    """Where codes are found. Raises InvalidOption for what is no device of this machine."""
+    if device is None:
+        return None
+    try:
+        torch.empty(1, device=device).cpu()
+        return torch.device(device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        expected = f"a device of this machine ({str(error).splitlines()[0]})"
+        raise InvalidOption(name="device", value=str(device), expected=expected) from None
 
 
 def _once(plan: Mapping[str, tuple[nn.Module, Scheme]]) -> dict[str, tuple[nn.Module, Scheme]]:

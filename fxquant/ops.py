@@ -163,7 +163,8 @@ def linear(
     x_zero: torch.Tensor | None = None,
     dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
-    """``finish(dequantize(quantize(x)) @ dequantize(codes).T + bias)``, rounded once to x.dtype.
+    """``finish(dequantize(quantize(x)) @ dequantize(codes).T + bias)``, rounded once to x.dtype. (Kernels
+    may round both halves of one of GATES before their product, as the ops it stands for did.)
 
     For a static scheme ``x`` is codes already (``quantize_static``), x_scale and x_zero [1] are what
     they were made with, and the result has ``dtype``. Raises InvalidOption where these are missing,

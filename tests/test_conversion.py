@@ -204,3 +204,19 @@ def test_codes_come_home_from_another_device(monkeypatch):
     fxquant.quantize(wanted, "int4wo-32")
     for name, tensor in wanted.state_dict().items():
         assert torch.equal(model.state_dict()[name], tensor)
+
+
+@pytest.mark.parametrize("device", ["nowhere", "meta", "cuda:77"])
+def test_a_device_that_is_none_is_named(device):
+    model = MLP()
+    before = {name: type(module) for name, module in model.named_modules()}
+    with pytest.raises(fxquant.errors.InvalidOption, match=f"device.*{device}"):
+        fxquant.quantize(model, "int4wo-32", device=device)
+    assert {name: type(module) for name, module in model.named_modules()} == before
+
+
+def test_a_quantized_model_on_meta_gives_shapes():
+    with torch.device("meta"):
+        model = fxquant.quantize(MLP(), "int8wo")
+        y = model(torch.empty(3, 64))
+    assert y.is_meta and y.shape[0] == 3

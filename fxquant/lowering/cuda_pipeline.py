@@ -241,7 +241,8 @@ def run(
     epilogue: str,
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    """One launch, cut as ``cut``: y[m, n] of contiguous x[m, k], x_scale and x_zero float32 [m]."""
+    """One launch, cut as ``cut``: y[m, n] (of GATES [m, n / 2]) of contiguous x[m, k], x_scale and x_zero
+    float32 [m]."""
     form, (m, k) = format_of(scheme), x.shape
     per_row = packed[1]
     w_scale, w_sum = (None, per_row) if form.x_zero else (per_row, None)

@@ -12,6 +12,7 @@ import torch
 
 from ..ops import quantize_fake
 from ..scheme import QuantSpec, get_scheme
+from .devices import device_row
 from .triton_launch import HAS_TRITON, INTERPRET, define, jit, tl
 
 LEAST = 1 << 20
@@ -90,12 +91,13 @@ def quantize_rows(x: torch.Tensor, scheme: str) -> list[torch.Tensor]:
             codes = codes.float()
         half = FLOAT8_LARGEST if spec.dtype.is_floating_point else (INT8.max - INT8.min) / 2
         block = max(1 << (k - 1).bit_length(), 16)
-        quantize_rows_kernel[(rows,)](
-            x.contiguous(), codes, scale, found[-1], k,
-            INVERSE=1 / half, ASYMMETRIC=spec.mapping == "asymmetric",
-            FLOAT8=spec.dtype.is_floating_point, BLOCK=block, SMALLEST=SMALLEST, LARGEST=LARGEST,
-            num_warps=min(max(block // 512, 4), 32), enable_fp_fusion=False,
-        )  # fmt: skip
+        with torch.cuda.device_of(x):
+            quantize_rows_kernel[(rows,)](
+                x.contiguous(), codes, scale, found[-1], k,
+                INVERSE=1 / half, ASYMMETRIC=spec.mapping == "asymmetric",
+                FLOAT8=spec.dtype.is_floating_point, BLOCK=block, SMALLEST=SMALLEST, LARGEST=LARGEST,
+                num_warps=min(max(block // 512, 4), 32), enable_fp_fusion=False,
+            )  # fmt: skip
         found[0] = codes.to(spec.codes_dtype)
     return found
 
@@ -113,6 +115,10 @@ def is_served(x: torch.Tensor, spec: QuantSpec) -> bool:
     if not HAS_TRITON or x.device.type not in PLACES or x.dim() != 2:
         return False
     k = x.shape[1]
+    if x.dtype == torch.float64:  # its arithmetic is float64
+        return False
+    if spec.dtype.is_floating_point and x.is_cuda and "sm89" not in device_row(x.device).features:
+        return False
     token = spec.granularity == "token" and spec.scale_dtype == torch.float32
     served = (spec.dtype, spec.mapping, spec.zero_point_domain) in SERVED
     return token and served and isinstance(k, int) and 0 < k <= WIDEST

@@ -26,8 +26,9 @@ from ..scheme import SCHEMES
 SHIPPED = Path(__file__).parent / "tuned"
 SECTIONS = ("kernels", "shapes", "pipelines")
 
-KIN = {"H100": "NVIDIA H200", "GH200": "NVIDIA H200"}
-"""In the name of a device that has no table: whose serves, the same chip's beside another memory."""
+KIN = {"H100": "NVIDIA H200", "H200": "NVIDIA H200"}
+"""In the name of a device that has no table: whose serves, the same chip's beside another memory (H100,
+GH200) or in another form (H200 NVL)."""
 
 
 _REMEMBERED: list[Any] = []

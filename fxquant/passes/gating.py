@@ -9,7 +9,6 @@ from torch import fx
 
 from ..graph import emit, replace, value
 from ..lowering.select import select
-from ..ops import GATES
 from .base import rewrites
 from .fusion import activation_of, only_user
 from .lowering import problem_of
@@ -47,7 +46,10 @@ def _gated(node: fx.Node) -> tuple[fx.Node, str] | None:
     split = only_user(node)
     if node.args[6] != "" or split is None or split.target is not aten.split_with_sizes.default:
         return None
-    sizes = split.args[1]
+    _, sizes, dim = (*split.args, 0)[:3]
+    rank = value(node).dim()
+    if dim % rank != rank - 1:  # type: ignore[operator]  # rows, of which there may be a symbolic number
+        return None
     parts = {n.args[1]: n for n in split.users if n.target is operator.getitem}
     if len(sizes) != 2 or sizes[0] != sizes[1] or sizes[0] % CHANNELS or len(parts) != 2:  # type: ignore
         return None
@@ -65,7 +67,6 @@ def _gated(node: fx.Node) -> tuple[fx.Node, str] | None:
 
 def _has_kernels(node: fx.Node, epilogue: str) -> bool:
     """Whether all kernels that may run for ``node`` have this epilogue."""
-    assert epilogue in GATES
     problem = problem_of(node)
     choice = select(problem)
     steps = [k for k, _ in choice.steps] if problem.m is None else [choice.at(problem.m)]

@@ -104,6 +104,7 @@ def test_what_is_worth_a_kernel_of_its_own(anywhere):
     assert not served(x(64, (1 << 15) + 1), spec), "a row does not fit"
     assert not served(x(64, 64), get_scheme("int8static").input), "no scale for each row"
     assert not served(torch.empty(1024, 2048, device="meta"), spec)
+    assert not served(x(64, 64).double(), spec), "float64 is computed in float64"
     assert not served(torch.empty(4, 512, 1024, device=DEVICE), spec)
 
 

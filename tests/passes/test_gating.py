@@ -98,6 +98,42 @@ OTHERS = {
 }
 
 
+class Halves(nn.Module):
+    """One linear, and a split of the user's own along ``dim``."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.linear, self.dim = nn.Linear(64, 64).requires_grad_(False), dim
+
+    def forward(self, x):
+        y = self.linear(x)
+        a, b = y.split([y.shape[self.dim] // 2] * 2, self.dim)
+        return F.silu(a) * b
+
+
+@pytest.mark.parametrize("dim, gated", [(-1, True), (2, True), (0, False), (1, False)])
+@torch.no_grad()
+def test_halves_of_the_rows_are_no_gate(dim, gated, has_gates):
+    x = torch.randn(32, 32, 64)
+    gm = trace(Halves(dim), x, to="fused")
+    wanted = gm(x)
+    through(gm, passes.gate)
+    (node,) = calls(gm, ops.linear.default)
+    assert node.args[6] == ("silu_mul" if gated and has_gates else "")
+    through(gm, passes.lower(), passes.verify)
+    assert sqnr(gm(x), wanted) > 100
+
+
+@torch.no_grad()
+def test_a_symbolic_number_of_rows_is_halved():
+    model = Halves(0)
+    torch.compiler.reset()
+    run = torch.compile(model, backend="fxquant", options={"scheme": "int8wo"}, dynamic=True)
+    for rows in (6, 10):
+        x = torch.randn(rows, 3, 64)
+        assert sqnr(run(x), model(x)) > 30
+
+
 @pytest.mark.parametrize("name", OTHERS)
 @torch.no_grad()
 def test_anything_else_stays(name, has_gates):

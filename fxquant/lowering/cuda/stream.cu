@@ -1,6 +1,6 @@
 // y[m, n] = activation(x_scale[m] * w_scale[n] * sum_k x[m, k] w[n, k] + bias[n]) for few rows m: the
 // weight streams once from memory into registers as the left operand of mma, 16 rows of it at a
-// time, and the tokens are the 8 columns of the right operand.
+// time, and the tokens are the 8 columns of the right operand. (GATED: y[m, n / 2], of the two halves.)
 //
 // The weight lies in memory as the lanes of a warp want it (cuda_layout.py packs it; but see
 // ROW_MAJOR): for 16 output channels ("a tile") and 32 values of k, lane 4 g + t holds of the rows g
