@@ -33,7 +33,7 @@ assert DEVICE == "cuda" or triton_launch.INTERPRET, (
 )
 
 HOPPER = Device(
-    name="H200",
+    name="a Hopper without a table",
     type="cuda",
     bandwidth=4.8e12,
     peak={"float32": 67e12, "bfloat16": 989e12, "int8": 1979e12, "float8": 1979e12},
