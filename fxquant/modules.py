@@ -30,11 +30,8 @@ def smoothed(x: torch.Tensor, smoothing: torch.Tensor) -> torch.Tensor:
 
 def autocasted(x: Any) -> Any:
     """What an op that autocast knows makes of ``x``: under ``torch.autocast`` in its dtype."""
-    if (
-        x is None or x.is_meta or x.dtype == torch.float64
-    ):  # autocast does not know meta, nor float64
-        return x
-    if not torch.is_autocast_enabled(x.device.type):
+    known = x is not None and not x.is_meta and x.dtype != torch.float64
+    if not known or not torch.is_autocast_enabled(x.device.type):
         return x
     return x.to(torch.get_autocast_dtype(x.device.type))
 

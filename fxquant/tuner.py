@@ -28,9 +28,10 @@ from .backend import linears_of
 from .errors import InvalidOption
 from .lowering import cuda_layout, cuda_pipeline, cuda_stream
 from .lowering.cuda_pipeline import Cut
-from .lowering.cuda_stream import MULTIPROCESSORS, Shape
+from .lowering.cuda_stream import Shape
 from .lowering.devices import device_row
 from .lowering.dispatch import prequantized, run_kernel
+from .lowering.hopper import MULTIPROCESSORS, taken
 from .lowering.kernel import KERNELS, Problem
 from .lowering.select import FALLBACK, select
 from .lowering.tuning import SECTIONS, forget, key, user_table
@@ -73,9 +74,8 @@ def _even_waves(n: int) -> list[tuple[int, ...]]:
     filled = {}
     for warps_n, tiles in itertools.product(range(1, 9), (1, 2)):
         blocks = -(-n // (cuda_layout.TILE * warps_n * tiles))
-        waves = -(-blocks // MULTIPROCESSORS)
-        if waves <= 2:
-            filled[warps_n, tiles] = blocks / (waves * MULTIPROCESSORS)
+        if blocks <= 2 * MULTIPROCESSORS:
+            filled[warps_n, tiles] = taken(blocks)
     best = sorted(filled, key=lambda cut: -filled[cut])[:3]
     return [
         (warps_n, warps_k, tiles, step, stages, 0, 1)
@@ -128,7 +128,7 @@ def pipeline_cuts(scheme: Scheme, n: int, k: int, rows: int) -> list[Cut]:
     ):
         deepest = [Cut(groups, tiles, count, step, stages, blocks) for stages in (6, 5, 4, 3)]
         for cut in [cut for cut in deepest if cut.fits(form, k)][:1]:
-            programs = -(-n // cut.rows) * -(-rows // count)
+            programs = cut.tiles(n, rows)
             for splits in (1, 2, 4, 8):
                 split = cut._replace(splits=splits)
                 if splits == 1 or programs * splits <= MULTIPROCESSORS * blocks:

@@ -341,6 +341,17 @@ def test_a_row_that_fails_is_reported_and_the_others_run(
     assert (tmp_path / "accuracy_cpu.md").read_text() in printed
 
 
+def test_without_time_the_float_rows_alone_are_measured(parts, untrained, tmp_path):
+    parts.main.main(
+        ["--subjects", "plain", "outliers", "--seeds", "0", "--size", "small", "--limit", "0",
+         "--schemes", "int8wo", "--out", str(tmp_path)]
+    )  # fmt: skip
+    subjects = json.loads((tmp_path / "accuracy_cpu.json").read_text())["subjects"]
+    for found in (subjects["plain"], subjects["outliers"]):
+        assert [row["name"] for row in found["rows"]] == ["float32", "bf16"]
+        assert found["failed"] == {"int8wo": "no time was left for it (seed 0)"}
+
+
 def test_rows_for_cuda_are_left_out_without_it(parts):
     rows = parts.main.rows_for("plain", ["torchao int4*"])
     assert {row.library for row in rows} == {"float", "torchao"}

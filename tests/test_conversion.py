@@ -187,20 +187,24 @@ def test_loading_a_wrong_shape_is_refused():
 
 
 def test_codes_come_home_from_another_device(monkeypatch):
-    """The weights go where the codes are found, one at a time, and the codes to where the model is."""
-    seen: list[str] = []
+    """Each weight goes where the codes are found, alone, and its codes come back."""
+    there, home, moves = torch.device("cpu"), torch.device("cpu"), []
+    model, wanted = MLP(), MLP()
+    wanted.load_state_dict(model.state_dict())
     move = torch.Tensor.to
 
     def to(self, *args, **kwargs):
-        seen.extend(str(a) for a in args if isinstance(a, torch.device))
+        if args[:1] in ((there,), (home,)):
+            moves.append((tuple(self.shape), self.dtype))
         return move(self, *args, **kwargs)
 
-    model, wanted = MLP(), MLP()
-    wanted.load_state_dict(model.state_dict())
     monkeypatch.setattr(torch.Tensor, "to", to)
     fxquant.quantize(model, "int4wo-32", device="cpu")
     monkeypatch.undo()
-    assert seen.count("cpu") >= 2 * 2, "two linears there, and their codes back"
+    weights = [(tuple(m.weight.shape), torch.float32) for m in (wanted.up, wanted.down)]
+    codes = [((n, k // 2), torch.uint8) for (n, k), _ in weights]
+    wide = [m for m in moves if m in weights or m in codes]
+    assert wide == [weights[0], codes[0], weights[1], codes[1]], "one after another"
     fxquant.quantize(wanted, "int4wo-32")
     for name, tensor in wanted.state_dict().items():
         assert torch.equal(model.state_dict()[name], tensor)

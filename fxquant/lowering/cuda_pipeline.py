@@ -24,8 +24,6 @@ from .cuda_stream import (
     COMMON,
     FINISHES,
     HALF,
-    MULTIPROCESSORS,
-    SHARED_LIMIT,
     Shape,
     compile_linear,
     define_linear,
@@ -34,6 +32,7 @@ from .cuda_stream import (
     warpgroup_product,
 )
 from .devices import device_row
+from .hopper import MULTIPROCESSORS, SHARED_LIMIT, taken
 from .kernel import Problem, kernel
 from .triton_launch import estimate, input_is
 from .tuning import is_measured, remembered, tuned_shapes
@@ -126,8 +125,7 @@ class Cut(NamedTuple):
 
     def busy(self, n: int, rows: int) -> float:
         """The part of those places that have a block, on average over the waves."""
-        places = self.waves(n, rows) * MULTIPROCESSORS * self.blocks
-        return self.tiles(n, rows) * self.splits / places
+        return taken(self.tiles(n, rows) * self.splits, MULTIPROCESSORS * self.blocks)
 
     def work(self, rows: int) -> float:
         """Of a multiprocessor in one wave, in tokens of a channel."""
@@ -255,7 +253,7 @@ def run(
     addresses = (0 if t is None else t.data_ptr() for t in pointers)
     arguments = box + struct.pack("<7Q3i", *addresses, m, n, k)
     arguments += bytes(-len(arguments) % 64)  # the map aligns the whole
-    tiles = -(-n // cut.rows) * -(-m // cut.tokens)
+    tiles = cut.tiles(n, m)
     blocks = device_row(x.device).units * cut.blocks
     grid = min(tiles, blocks) if cut.splits == 1 else tiles * cut.splits
     with torch.cuda.device(device):

@@ -21,6 +21,7 @@ from . import nvrtc
 from .cuda_layout import BLOCK, STREAM, TILE, Format, format_of
 from .dequantize import LAYOUT as ROW_MAJOR
 from .devices import device_row
+from .hopper import SHARED_LIMIT, taken
 from .kernel import Problem, activations_in, has_feature, kernel, multiple_of
 from .triton_launch import EPILOGUES, LIBRARY, estimate, input_is, k_at_most, weight_is
 from .tuning import is_measured, remembered, tuned_shapes
@@ -34,14 +35,9 @@ SOURCES = Path(__file__).parent / "cuda"
 BASE = {torch.bfloat16: 0x43004300, torch.float16: 0x64006400}
 """Bits under which a code of up to 7 bits is the float 128 + u, or 1024 + u, twice in a word."""
 
-MULTIPROCESSORS = 132  # of a Hopper GPU
-
 BUSY = 0.6
-"""The part of them that must have a block: with fewer the cut of another layer is changed for another.
-(On an H200 that gained up to 50 % below this and lost up to 20 % above.)"""
-
-SHARED_LIMIT = 227 * 1024
-"""Bytes of shared memory for one block on Hopper."""
+"""The part of the multiprocessors that must have a block: with fewer the cut of another layer is changed
+for another. (On an H200 that gained up to 50 % below this and lost up to 20 % above.)"""
 
 
 class Shape(NamedTuple):
@@ -80,8 +76,7 @@ class Shape(NamedTuple):
 
     def busy(self, n: int, rows: int) -> float:
         """The part of the multiprocessors that have a block, while the last blocks are computed too."""
-        blocks = -(-n // self.rows) * -(-rows // self.tokens) * self.splits
-        return blocks / (-(-blocks // MULTIPROCESSORS) * MULTIPROCESSORS)
+        return taken(-(-n // self.rows) * -(-rows // self.tokens) * self.splits)
 
     def paired(self, form: Format, k: int) -> Shape:
         """The same with an even number of tiles, of which half are of each half of the channels (GATES)."""

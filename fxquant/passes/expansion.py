@@ -32,9 +32,8 @@ def expand(graph: fx.Graph) -> None:
     for target in REFERENCES:
         for node in graph.find_nodes(op="call_function", target=target):
             if target is ops.quantize.default and _has_kernel(node):
-                with graph.inserting_before(
-                    node
-                ):  # its meta has values for arguments of the old op
+                # a new node: the old one's meta has values for the arguments of the old op
+                with graph.inserting_before(node):
                     own = emit(graph, node, ops.quantize_rows.default, *node.args[:2])
                 replace(node, own)
             else:

@@ -365,6 +365,11 @@ def test_rows_beside_the_activations_do_not_matter():
 def test_a_device_without_a_table_takes_its_kins():
     ours = "NVIDIA H200"
     assert shipped_table("NVIDIA H100 80GB HBM3") == shipped_table(ours)
+    assert (
+        shipped_table("NVIDIA H200 NVL")
+        == shipped_table("NVIDIA GH200 480GB")
+        == shipped_table(ours)
+    )
     assert shipped_table(ours).is_file()
     assert not shipped_table("NVIDIA A100-SXM4-80GB").exists()
     kernels = tuned_kernels("NVIDIA H100 80GB HBM3", "int4wo-64", "w4a16", 4096, 4096)

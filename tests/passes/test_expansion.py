@@ -23,6 +23,17 @@ def test_inductor_gets_the_ops(scheme, dynamic):
     assert code and not any("fxquant.quantize" in text for text in code)
 
 
+@pytest.mark.parametrize("scheme", ["int8dq", "8da4w-32", "fp8dq"])
+def test_a_scale_is_computed_in_one_place(scheme):
+    """Not again in the loops of the codes and of the zero point: its NaN is there once."""
+    model = torch.nn.Sequential(torch.nn.RMSNorm(64), torch.nn.Linear(64, 64)).bfloat16()
+    torch.compiler.reset()
+    with torch.no_grad(), fresh_cache():
+        run = fxquant.compile(model, scheme, dynamic=False)
+        _, code = run_and_get_code(run, torch.randn(1, 64, dtype=torch.bfloat16))
+    assert "\n".join(code).count("quiet_NaN") == 1
+
+
 def test_the_users_own_pass_runs_after_it():
     seen = []
 
