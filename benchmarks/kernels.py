@@ -85,15 +85,20 @@ def quantization(scheme: Scheme) -> Callable[[torch.Tensor], list[torch.Tensor]]
 
     def either(x: torch.Tensor) -> list[torch.Tensor]:
         own = is_served(x, spec) and are_many(x)
-        return torch.ops.fxquant.quantize_rows(x, scheme.name) if own else few(x)
+        codes = torch.ops.fxquant.quantize_rows(x, scheme.name) if own else few(x)
+        return [any_number(t) for t in codes]
 
     return either
 
 
 def activations(rows: int, k: int, device: torch.device) -> torch.Tensor:
-    """x[rows, k]; above one row, compiled code takes any number of them."""
-    x = torch.randn(rows, k, device=device, dtype=torch.bfloat16)
-    if rows > 1:
+    """x[rows, k]."""
+    return any_number(torch.randn(rows, k, device=device, dtype=torch.bfloat16))
+
+
+def any_number(x: torch.Tensor) -> torch.Tensor:
+    """What is compiled for these rows is for any number above one."""
+    if x.shape[0] > 1:
         torch._dynamo.mark_dynamic(x, 0)
     return x
 
@@ -126,20 +131,14 @@ class Subject:
         """(x, *packed) -> y, quantization included."""
         scheme, name, n = self.scheme, kernel.name, self.n
 
-        def whole(x: torch.Tensor, *packed: torch.Tensor) -> torch.Tensor:
-            return run_kernel(name, scheme, layout, x, packed, None, "", n)
-
-        if name in tuner.COMPOSED:
-            return torch.compile(whole, dynamic=False, fullgraph=True, backend=BACKEND)
-        if scheme.input is None:
-            return whole
-        quantize = quantization(scheme)
-
-        def product(x: torch.Tensor, *packed: torch.Tensor) -> torch.Tensor:
-            row = prequantized(scheme, quantize(x))
+        def product(x: torch.Tensor, codes: Sequence[torch.Tensor], *packed: torch.Tensor):
+            row = prequantized(scheme, codes)
             return run_kernel(name, row, layout, x, packed, None, "", n)
 
-        return product
+        if name in tuner.COMPOSED:
+            product = torch.compile(product, dynamic=False, fullgraph=True, backend=BACKEND)
+        quantize = (lambda x: []) if scheme.input is None else quantization(scheme)
+        return lambda x, *packed: product(x, quantize(x), *packed)
 
     def read(self, kernel: Kernel, layout: Layout, x: torch.Tensor, copy: float) -> Reading:
         """One kernel at one number of rows. copy: bytes/s of a device copy, read and written."""
@@ -183,14 +182,13 @@ def build(schemes: Sequence[Scheme], shapes, rows: Sequence[int], device: torch.
     """Compile what will be launched, all cuts at once."""
 
     def one(scheme: Scheme) -> None:
-        dtype = torch.bfloat16 if scheme.input is None else scheme.input.codes_dtype
         name, found = device_row(device).name, defaultdict(set)
         for (n, k), m in itertools.product(shapes, rows):
             cutter = tuner.CUTTERS.get(select(problem_of(scheme, n, k, device)).at(m).name)
             if cutter is not None:
                 found[cutter].add(cutter.pick(scheme, n, k, m, name))
         for cutter, cuts in found.items():
-            tuner.build(cutter, scheme, cuts, dtype, device)
+            tuner.build(cutter, scheme, cuts, device)
 
     with ThreadPoolExecutor(len(schemes)) as pool:
         list(pool.map(one, schemes))

@@ -20,8 +20,8 @@ import handshake
 import torch
 
 from fxquant import tuner
-from fxquant.lowering import cuda_layout, cuda_pipeline, cuda_prefill, triton_prefill
-from fxquant.lowering.cuda_pipeline import Cut
+from fxquant.lowering import cuda_cuts, cuda_layout, cuda_pipeline, cuda_prefill, triton_prefill
+from fxquant.lowering.cuda_cuts import Cut
 from fxquant.lowering.cuda_stream import Shape
 from fxquant.lowering.dispatch import prequantized
 from fxquant.lowering.kernel import KERNELS
@@ -36,6 +36,7 @@ STREAM = {
 PIPELINE = {
     "cuda_pipeline": (*STREAM["cuda_w4a16"], *STREAM["cuda_w8a16"]),
     "cuda_pipeline_w4a8": STREAM["cuda_w4a8"],
+    "cuda_pipeline_w4a8_widened": ("8da4w-32",),
 }
 STREAM_ROWS, STREAM_N, STREAM_K = (1, 13, 70), 152, 4096
 PIPELINE_ROWS, PIPELINE_N = 130, 280
@@ -83,7 +84,7 @@ def cases() -> list[Case]:
         Case(kernel, scheme, PIPELINE_ROWS, PIPELINE_N + 3 * (cut.tokens > 64), STREAM_K, cut)
         for kernel, schemes in PIPELINE.items()
         for scheme in schemes
-        for cut in pipeline_kinds(scheme)
+        for cut in pipeline_kinds(kernel, scheme)
     ]
     found += [Case("cuda_dequantize", scheme, 0, STREAM_N, 256) for scheme in DEQUANTIZED]
     for kernel, scheme in TRITON:
@@ -106,10 +107,11 @@ def stream_kinds(scheme: str, rows: int) -> list[Shape]:
     return list({(c.warpgroup, c.splits > 1): c for c in cuts}.values())
 
 
-def pipeline_kinds(scheme: str) -> list[Cut]:
+def pipeline_kinds(kernel: str, scheme: str) -> list[Cut]:
     """Cuts with k split over a cluster or not: one group that multiplies few tokens, several that
     multiply many; of each kind that with the shortest ring."""
-    cuts = tuner.pipeline_cuts(get_scheme(scheme), PIPELINE_N, STREAM_K, PIPELINE_ROWS)
+    _, form = tuner.CUTTERS[kernel].types(get_scheme(scheme))
+    cuts = cuda_cuts.cuts(form, PIPELINE_N, STREAM_K, PIPELINE_ROWS, (64, 128))
     cuts = [c for c in cuts if (c.warpgroups > 1) == (c.tokens > 64) and c.splits in (1, 4)]
     cuts.sort(key=lambda c: (c.stages * c.step, c.tokens), reverse=True)
     return list({(c.tokens > 64, c.splits > 1): c for c in cuts}.values())
@@ -119,10 +121,9 @@ def build(todo: Sequence[Case]) -> None:
     """Compile the kernels that are cut at once; the cache keeps them for the runs that are checked."""
 
     def one(case: Case) -> None:
-        scheme = get_scheme(case.scheme)
-        dtype = torch.bfloat16 if scheme.input is None else scheme.input.codes_dtype
-        form, compiled = cuda_layout.format_of(scheme), tuner.CUTTERS[case.kernel].compiled
-        compiled(form, case.cut, dtype, torch.bfloat16, None, "", 0)
+        cutter = tuner.CUTTERS[case.kernel]
+        x, form = cutter.types(get_scheme(case.scheme))
+        cutter.compiled(form, case.cut, x, torch.bfloat16, None, "", 0)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         list(pool.map(one, (case for case in todo if case.cut is not None)))
@@ -153,9 +154,9 @@ def run(case: Case) -> tuple[float, list[str]]:
         if case.cut is None:
             y = kernel.compute(prequantized(scheme, codes), x, packed, None, "")
         else:
-            x, scale, zero = codes or (x, None, None)
-            run_cut = tuner.CUTTERS[case.kernel].run
-            y = run_cut(scheme, case.cut, x, scale, zero, packed, None, n, "", torch.bfloat16)
+            cutter = tuner.CUTTERS[case.kernel]
+            x, scale, zero = cutter.operands(prequantized(scheme, codes), x)
+            y = cutter.run(scheme, case.cut, x, scale, zero, packed, None, n, "", torch.bfloat16)
     return oracles.bound_ratio(sample, y.cpu()).max().item(), kept.places()
 
 

@@ -35,6 +35,7 @@ class Layer:
     kernel: str | None = None
     merged: tuple[str, ...] = ()
     reason: str = ""
+    slower: str = ""
     refused: dict[str, str] = field(default_factory=dict)
 
 

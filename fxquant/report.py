@@ -45,9 +45,10 @@ class Report:
         return next(layer for layer in self.layers if layer.name == name)
 
     def reasons(self, name: str) -> str:
-        """Why the layer is float, or why each kernel that is not used was refused."""
+        """Why the layer is float; or where it is slower than bfloat16, and why each kernel that is not used
+        was refused."""
         layer = self[name]
-        lines = [layer.reason] if layer.reason else []
+        lines = [why for why in (layer.reason, layer.slower) if why]
         return "\n".join([*lines, *(f"{k}: {why}" for k, why in layer.refused.items())])
 
     def to_json(self) -> str:
@@ -64,12 +65,21 @@ class Report:
         return f"{table}\n{total}, weights {before / 2**20:.1f} -> {after / 2**20:.1f} MiB"
 
 
-COLUMNS = ("layer", "out x in", "rows", "uses", "scheme", "kernel", "why float, or merged with")
+COLUMNS = (
+    "layer",
+    "out x in",
+    "rows",
+    "uses",
+    "scheme",
+    "kernel",
+    "why float, merged with, slower",
+)
 
 
 def _row(layer: Layer) -> tuple[Any, ...]:
     shape = f"{layer.out_features}x{layer.in_features}"
-    note = layer.reason or " + ".join(n for n in layer.merged if n != layer.name)
+    merged = " + ".join(n for n in layer.merged if n != layer.name)
+    note = "; ".join(what for what in (layer.reason, merged, layer.slower) if what)
     scheme, kernel = layer.scheme or "float", layer.kernel or ""
     return layer.name, shape, layer.rows, layer.uses, scheme, kernel, note
 

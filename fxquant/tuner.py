@@ -26,8 +26,9 @@ from tqdm import tqdm
 
 from .backend import linears_of
 from .errors import InvalidOption
-from .lowering import cuda_layout, cuda_pipeline, cuda_stream
-from .lowering.cuda_pipeline import Cut
+from .lowering import cuda_cuts, cuda_layout, cuda_pipeline, cuda_stream
+from .lowering.cuda_cuts import Cut
+from .lowering.cuda_layout import Format
 from .lowering.cuda_stream import Shape
 from .lowering.devices import device_row
 from .lowering.dispatch import prequantized, run_kernel
@@ -87,7 +88,9 @@ def _even_waves(n: int) -> list[tuple[int, ...]]:
 
 
 def stream_cuts(scheme: Scheme, n: int, k: int, rows: int) -> list[Shape]:
-    """The ways to cut ``cuda_stream``'s blocks that are worth a measurement."""
+    """The ways to cut ``cuda_stream``'s blocks that are worth a measurement: none for many rows."""
+    if rows > 256:
+        return []
     form = cuda_layout.format_of(scheme)
     if rows <= 16:
         tokens = [rows if rows == 1 else -(-rows // 8) * 8]
@@ -112,62 +115,80 @@ def stream_cuts(scheme: Scheme, n: int, k: int, rows: int) -> list[Shape]:
     return found
 
 
-_GROUPS = ((1, 1), (1, 2), (2, 1), (2, 2), (3, 1), (4, 1), (4, 2))
-"""Warpgroups, and tiles of each, of ``cuda_pipeline``."""
+TRIED = 24
+"""Cuts of ``cuda_pipeline`` that are worth a measurement, where ``Cut.time`` tells them apart."""
 
 
-def pipeline_cuts(scheme: Scheme, n: int, k: int, rows: int) -> list[Cut]:
+def pipeline_cuts(scheme: Scheme, n: int, k: int, rows: int, widened: bool = False) -> list[Cut]:
     """The ways to cut ``cuda_pipeline``'s blocks that are worth a measurement."""
     if rows <= 8:
         return []
     form = cuda_layout.format_of(scheme)
-    tokens = {min(64, -(-rows // 16) * 16), -(-rows // 16) * 16} if rows <= 128 else {64, 128, 256}
-    found = []
-    for count, (groups, tiles), step, blocks in itertools.product(
-        sorted(tokens), _GROUPS, (64, 128, 256), (1, 2)
-    ):
-        deepest = [Cut(groups, tiles, count, step, stages, blocks) for stages in (6, 5, 4, 3)]
-        for cut in [cut for cut in deepest if cut.fits(form, k)][:1]:
-            programs = cut.tiles(n, rows)
-            for splits in (1, 2, 4, 8):
-                split = cut._replace(splits=splits)
-                if splits == 1 or programs * splits <= MULTIPROCESSORS * blocks:
-                    found += [split] if split.fits(form, k) else []
-    return found
+    form = form.taking(torch.bfloat16) if widened else form
+    few = rows < cuda_cuts.BY_MODEL
+    tokens = (-(-rows // 16) * 16,) if few else range(32, min(-(-rows // 32) * 32, 256) + 1, 32)
+    found = cuda_cuts.cuts(form, n, k, rows, tokens)
+    return found if few else found[:TRIED]
 
 
 @dataclass(frozen=True)
 class Cutter:
     """A kernel family whose blocks can be cut: where its tuned cuts lie, which are worth a reading for
-    (scheme, n, k, rows), which is picked on a device, what compiles and what runs one."""
+    (scheme, n, k, rows), which is picked on a device, what compiles and what runs one, and whether the
+    activations' codes come widened."""
 
     section: str
     cuts: Callable[[Scheme, int, int, int], Sequence[Any]]
     pick: Callable[[Scheme, int, int, int, str], Any]
     compiled: Callable[..., Any]
     run: Callable[..., torch.Tensor]
+    widened: bool = False
+
+    def types(self, scheme: Scheme) -> tuple[torch.dtype, Format]:
+        """What activations come as, and the format that takes them."""
+        form, spec = cuda_layout.format_of(scheme), scheme.input
+        x = torch.bfloat16 if spec is None or self.widened else spec.codes_dtype
+        return x, form.taking(x)
+
+    def operands(self, scheme: Scheme, x: torch.Tensor) -> tuple[torch.Tensor, Any, Any]:
+        """Activations as ``run`` takes them, with their scale and zero point."""
+        if scheme.input is None:
+            return x, None, None
+        q = scheme.input.quantize(x)
+        scale, zero = (
+            None if t is None else t.float().reshape(-1).contiguous() for t in (q.scale, q.zero)
+        )
+        if self.widened:
+            return cuda_pipeline.widened(q, x.dtype), scale, None
+        return q.codes, scale, zero
 
 
 _STREAM = Cutter(
     "shapes", stream_cuts, cuda_stream.shape_for, cuda_stream.compiled, cuda_stream.run
 )
 _PIPELINE = Cutter(
-    "pipelines", pipeline_cuts, cuda_pipeline.cut_for, cuda_pipeline.compiled, cuda_pipeline.run
+    "pipelines", pipeline_cuts, cuda_cuts.cut_for, cuda_pipeline.compiled, cuda_pipeline.run
+)
+_WIDENED = replace(
+    _PIPELINE,
+    section="widened",
+    cuts=partial(pipeline_cuts, widened=True),
+    pick=cuda_cuts.widened_cut_for,
+    widened=True,
 )
 CUTTERS = {
     **dict.fromkeys(("cuda_w4a16", "cuda_w8a16", "cuda_w4a8", "cuda_w8a8"), _STREAM),
     **dict.fromkeys(("cuda_pipeline", "cuda_pipeline_w4a8"), _PIPELINE),
+    "cuda_pipeline_w4a8_widened": _WIDENED,
 }
 
 
-def build(
-    cutter: Cutter, scheme: Scheme, shapes: Iterable[Any], x: torch.dtype, device: torch.device
-) -> None:
+def build(cutter: Cutter, scheme: Scheme, shapes: Iterable[Any], device: torch.device) -> None:
     """Compile all these cuts at once: the compiler leaves Python's lock to others. Raises BuildFailed."""
-    form, y = cuda_layout.format_of(scheme), torch.bfloat16
+    x, form = cutter.types(scheme)
 
     def compile(shape: Any) -> None:
-        cutter.compiled(form, shape, x, y, None, "", device.index)
+        cutter.compiled(form, shape, x, torch.bfloat16, None, "", device.index)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         list(pool.map(compile, shapes))
@@ -221,8 +242,9 @@ class _Subject:
                 if cutter is None:
                     self.one(rows, name, None, self.other(name, x), base, emit)
                     continue
-                operands, shapes = self.operands(x), cutter.cuts(self.scheme, self.n, self.k, rows)
-                build(cutter, self.scheme, shapes, operands[0].dtype, self.device)
+                operands = cutter.operands(self.scheme, x)  # their quantization is not measured
+                shapes = cutter.cuts(self.scheme, self.n, self.k, rows)
+                build(cutter, self.scheme, shapes, self.device)
                 for shape in shapes:
                     run = partial(self.cut, cutter, shape, *operands)
                     self.one(rows, name, shape, run, base, emit)
@@ -238,14 +260,6 @@ class _Subject:
     ) -> None:
         took = replayed([partial(run, packed) for packed in self.packs], span=1e-3, rounds=7)
         emit(Reading(self.scheme.name, self.n, self.k, rows, name, shape, took, base))
-
-    def operands(self, x: torch.Tensor) -> tuple[torch.Tensor, Any, Any]:
-        """Activations as the kernel takes them: their quantization is not measured."""
-        if self.scheme.input is None:
-            return x, None, None
-        q = self.scheme.input.quantize(x)
-        flat = [None if t is None else t.float().reshape(-1).contiguous() for t in q[1:]]
-        return q.codes, flat[0], flat[1]
 
     def cut(self, cutter, shape, x, scale, zero, packed) -> torch.Tensor:
         return cutter.run(
@@ -264,7 +278,7 @@ class _Subject:
         return lambda packed: product([t for t in codes if t is not None], packed)
 
 
-COMPOSED = frozenset({"dequantize", "int_mm", "cuda_dequantize_w4a8"})
+COMPOSED = frozenset({"dequantize", "int_mm", "cuda_dequantize_w4a8", "cuda_pipeline_w4a8_widened"})
 """Kernels that are several torch ops: in a graph Inductor fuses what is around the product."""
 
 
@@ -274,9 +288,10 @@ def best(readings: Iterable[Reading]) -> dict[str, dict[str, list[Any]]]:
     ordered = sorted(readings, key=lambda r: (r.scheme, r.n, r.k, r.rows, r.seconds))
     for (scheme, n, k), group in itertools.groupby(ordered, lambda r: (r.scheme, r.n, r.k)):
         kernels: list[Any] = []
-        first = 0
+        first, speeds = 0, table["speeds"].setdefault(key(scheme, n, k), [])
         for rows, found in itertools.groupby(group, lambda r: r.rows):
             fastest = list(found)
+            speeds.append([rows, round(fastest[0].bfloat16 / fastest[0].seconds, 2)])
             if not kernels or kernels[-1][0] != fastest[0].kernel:
                 kernels.append([fastest[0].kernel, first])
             for section in sorted({c.section for c in CUTTERS.values()}):

@@ -222,7 +222,9 @@ def test_what_is_launched_is_compiled_ahead(kernels, monkeypatch):
     monkeypatch.setattr(
         kernels.tuner,
         "build",
-        lambda cutter, scheme, cuts, x, device: built.update({scheme.name: (cuts, x)}),
+        lambda cutter, scheme, cuts, device: built.update(
+            {scheme.name: (cuts, cutter.types(scheme)[0])}
+        ),
     )
     schemes = [get_scheme(name) for name in ("int4wo-64", "fp8dq")]
     kernels.build(schemes, [(256, 1024)], (1, 16, 64), torch.device("cuda", 0))

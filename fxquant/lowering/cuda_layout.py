@@ -35,6 +35,14 @@ class Format(NamedTuple):
     chunk: int
     zero: bool
     x_zero: bool
+    widened: bool = False
+
+    def taking(self, x: torch.dtype) -> Format:
+        """The same for activations that come as ``x``: 8-bit codes may be 16-bit floats by now, less their
+        zero point ("widened")."""
+        if x.itemsize * 8 == self.x_bits:
+            return self
+        return self._replace(x_bits=16, x_zero=False, widened=True)
 
     @property
     def row_major(self) -> bool:

@@ -10,21 +10,19 @@ import ctypes
 import struct
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import NamedTuple
 
 import sympy
 import torch
 
 from ..ops import outputs
-from ..scheme import Scheme
+from ..scheme import Quantized, Scheme
 from . import nvrtc
+from .cuda_cuts import Cut, cut_for, widened_cut_for
 from .cuda_layout import STREAM, Format, format_of
 from .cuda_stream import (
-    BUSY,
     COMMON,
     FINISHES,
     HALF,
-    Shape,
     compile_linear,
     define_linear,
     stream_holds,
@@ -32,10 +30,8 @@ from .cuda_stream import (
     warpgroup_product,
 )
 from .devices import device_row
-from .hopper import MULTIPROCESSORS, SHARED_LIMIT, taken
-from .kernel import Problem, kernel
+from .kernel import Problem, activations_in, kernel, multiple_of
 from .triton_launch import estimate, input_is
-from .tuning import is_measured, remembered, tuned_shapes
 
 SOURCES = (
     "constants.cuh",
@@ -45,138 +41,6 @@ SOURCES = (
     "epilogue.cuh",
     "pipeline.cu",
 )
-
-SPARE = 40
-"""Registers beside the sums: the weights being unpacked, addresses."""
-
-
-UNPACKING, ADDING, ALONE = 64, 0.1, 1.6
-"""What it takes to unpack a weight, in tokens that are multiplied meanwhile; to add up a split tile, as
-part of the tile; and a warpgroup that no other one works beside, as a multiple."""
-
-
-class Cut(NamedTuple):
-    """How a block of threads is cut. warpgroups: that multiply, each ``64 * row_tiles`` channels; step:
-    values of k in a stage; blocks: on a multiprocessor; splits: blocks of a cluster that share k."""
-
-    warpgroups: int
-    row_tiles: int
-    tokens: int
-    step: int
-    stages: int
-    blocks: int = 1
-    splits: int = 1
-
-    @property
-    def shape(self) -> Shape:
-        """The same in the constants of the sources that ``stream.cu`` shares."""
-        warps = 4 * self.warpgroups
-        return Shape(
-            warps,
-            1,
-            self.row_tiles,
-            self.tokens,
-            self.step,
-            self.stages,
-            1,
-            self.blocks,
-            self.splits,
-        )
-
-    @property
-    def threads(self) -> int:
-        return 128 * (self.warpgroups + 1)
-
-    @property
-    def equal_registers(self) -> int:
-        """Of each thread when the kernel starts: a part of a scheduler's 512."""
-        return min(512 // ((self.warpgroups + 1) * self.blocks) // 8 * 8, 240)
-
-    @property
-    def registers(self) -> int:
-        """Of a thread that multiplies, once the fetching group has kept 40."""
-        rest = self.equal_registers * (self.warpgroups + 1) - 40
-        return min(rest // self.warpgroups // 8 * 8, 240)
-
-    @property
-    def rows(self) -> int:
-        """Channels of a tile."""
-        return 64 * self.row_tiles * self.warpgroups
-
-    def shared(self, form: Format) -> int:
-        """Bytes of shared memory: the ring, what is being written, and the barriers; or partial sums."""
-        stage = self.shape.stage_bytes(form)
-        part = (32 if self.tokens % 32 == 0 else 16) * (128 * self.row_tiles + 16)
-        ring = self.stages * stage + self.warpgroups * part + 16 * self.stages
-        return max(ring, self.tokens * (self.rows + 4) * 4 if self.splits > 1 else 0)
-
-    def sums(self, form: Format) -> int:
-        """Registers of a thread that hold sums, those still being made of integers included."""
-        parts = (2 if self.tokens <= 64 else 1) if form.chunk and form.x_bits == 8 else 0
-        return (self.row_tiles + parts) * self.tokens // 2
-
-    def tiles(self, n: int, rows: int) -> int:
-        """Of the result, each computed by a cluster of ``splits`` blocks."""
-        return -(-n // self.rows) * -(-rows // self.tokens)
-
-    def waves(self, n: int, rows: int) -> int:
-        """How often a place for a block on a multiprocessor is taken, at most."""
-        return -(-self.tiles(n, rows) * self.splits // (MULTIPROCESSORS * self.blocks))
-
-    def busy(self, n: int, rows: int) -> float:
-        """The part of those places that have a block, on average over the waves."""
-        return taken(self.tiles(n, rows) * self.splits, MULTIPROCESSORS * self.blocks)
-
-    def work(self, rows: int) -> float:
-        """Of a multiprocessor in one wave, in tokens of a channel."""
-        part = 1.0 if self.splits == 1 else 1 / self.splits + ADDING
-        alone = ALONE if self.blocks * self.warpgroups == 1 else 1.0
-        return part * alone * self.blocks * self.rows * (min(self.tokens, rows) + UNPACKING)
-
-    def fits(self, form: Format, k: int) -> bool:
-        """Whether the kernel can be cut like this."""
-        fits = k % self.step == 0 and self.step % form.unit == 0 and not form.row_major
-        fits = fits and self.shape.fits_wgmma(form) and self.tokens % 16 == 0
-        fits = fits and self.row_tiles * self.warpgroups <= 8 and self.tokens <= 256
-        fits = fits and self.sums(form) + SPARE <= self.registers
-        fits = (
-            fits and self.tokens // 2 + 40 <= self.equal_registers
-        )  # with fewer, ptxas serializes
-        return fits and self.shared(form) * self.blocks <= SHARED_LIMIT
-
-
-PLAIN = (Cut(2, 2, 64, 128, 4), Cut(2, 1, 256, 64, 5), Cut(2, 2, 128, 128, 3), Cut(2, 1, 64, 64, 4))
-"""One of them fits whatever k the needs let through."""
-
-
-@remembered
-def cut_for(scheme: Scheme, n: int, k: int, rows: int, device: str) -> Cut:
-    """The cut for this many rows: measured for this layer, or for the likest one that was (adapted, where
-    it leaves multiprocessors without work), or a plain one. Its tiles have no more tokens than an even
-    share of the rows asks for."""
-    form = format_of(scheme)
-    found = tuned_shapes(device, "pipelines", scheme.name, scheme.family, n, k, rows)
-    tuned = (Cut(*measured) for measured in found)
-    plain = sorted(PLAIN, key=lambda cut: abs(cut.tokens - rows))
-    cut = next(cut for cut in (*tuned, *plain) if cut.fits(form, k))
-    if not is_measured(device, "pipelines", scheme.name, n, k) and cut.busy(n, rows) < BUSY:
-        options = (
-            cut._replace(warpgroups=groups, row_tiles=tiles, tokens=tokens, splits=splits)
-            for groups, tiles in dict.fromkeys((cut[:2], (1, 1)))
-            for tokens in dict.fromkeys((cut.tokens, 128, 64))
-            for splits in (1, 2, 4, 8)
-            if tokens <= cut.tokens
-        )
-        fitting = [evened(one, rows) for one in options if one.fits(form, k)]
-        at_once = [one for one in fitting if one.waves(n, rows) == 1]
-        cut = min(at_once, key=lambda one: one.work(rows), default=cut)
-    return evened(cut, rows)
-
-
-def evened(cut: Cut, rows: int) -> Cut:
-    """The same number of tiles, with as many tokens each, in steps of 32: few variants to compile."""
-    share = -(-rows // -(-rows // cut.tokens))
-    return cut._replace(tokens=min(cut.tokens, 16 if share <= 16 else -(-share // 32) * 32))
 
 
 def source(form: Format, cut: Cut, half: bool) -> str:
@@ -241,7 +105,7 @@ def run(
 ) -> torch.Tensor:
     """One launch, cut as ``cut``: y[m, n] (of GATES [m, n / 2]) of contiguous x[m, k], x_scale and x_zero
     float32 [m]."""
-    form, (m, k) = format_of(scheme), x.shape
+    form, (m, k) = format_of(scheme).taking(x.dtype), x.shape
     per_row = packed[1]
     w_scale, w_sum = (None, per_row) if form.x_zero else (per_row, None)
     device = x.device.index
@@ -262,6 +126,7 @@ def run(
 
 
 define_linear("pipeline_linear", cut_for, run)
+define_linear("widened_linear", widened_cut_for, run)
 
 
 def whole_rows(p: Problem) -> str | None:
@@ -278,7 +143,7 @@ def cost(p: Problem) -> sympy.Expr:
     operations = "bfloat16" if p.scheme.input is None else "int8"
     compute = COMPUTE[p.scheme.family]
     if p.scheme.weight.group_size == 32 and p.scheme.input is not None:
-        compute *= 0.6  # a sum leaves the tensor core after every 32 products
+        compute *= 0.42  # a sum leaves the tensor core after every 32 products
     return estimate(p, operations=operations, memory=0.45, compute=compute)
 
 
@@ -314,3 +179,40 @@ def cuda_pipeline_w4a8(scheme, x, packed, bias, epilogue):
     op = torch.ops.fxquant.pipeline_linear.default
     zero = q.zero.float()  # here, where Inductor fuses it with the quantization
     return op(q.codes, q.scale, zero, packed, bias, scheme.name, epilogue, n, x.dtype)
+
+
+def widened_cost(p: Problem) -> sympy.Expr:
+    return estimate(p, operations="bfloat16", memory=0.45, compute=COMPUTE["w4a16"])
+
+
+def widened(q: Quantized, dtype: torch.dtype) -> torch.Tensor:
+    """Codes [m, k] less their zero point: integers up to 255, which bfloat16 holds. In each block the four k
+    of a lane for each half lie as 16-bit products take them out of a word: the even ones, then the odd."""
+    assert q.zero is not None
+    blocks = q.codes.unflatten(-1, (-1, 2, 4, 2, 2))  # half of a block, lane, pair, odd
+    lanes = blocks.permute(0, 1, 5, 2, 3, 4).flatten(1)
+    return lanes - q.zero.to(dtype)
+
+
+@kernel(
+    families=["w4a8"],
+    device="cuda",
+    layout=STREAM,
+    cost=widened_cost,
+    needs=[
+        *COMMON,
+        activations_in(torch.bfloat16),
+        stream_holds,
+        multiple_of("k", 64),
+        input_is("int"),
+    ],
+    epilogues=FINISHES,
+    faults=[{"dtype": torch.float16}, {"k": 48}, {"k": 96}],
+)
+def cuda_pipeline_w4a8_widened(scheme, x, packed, bias, epilogue):
+    """Integer sums of small groups leave the tensor core too often for many rows: bfloat16 holds the
+    activations' integers exactly, and weights are scaled before the product."""
+    q, n = scheme.input.quantize(x), packed[1].numel()
+    op = torch.ops.fxquant.widened_linear.default
+    codes = widened(q, x.dtype)
+    return op(codes, q.scale, None, packed, bias, scheme.name, epilogue, n, x.dtype)

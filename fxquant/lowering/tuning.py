@@ -6,9 +6,12 @@ overrides it entry by entry::
     {"versions": {...},
      "kernels": {"int8dq 4096x14336": [["cuda_w8a8", 0], ["triton_w8a8", 65]]},
      "shapes": {"int8dq 4096x14336": [[1, [1, 8, 2, 1, 128, 4]], [9, [...]]]},
-     "pipelines": {"int4wo-64 4096x14336": [[33, [4, 1, 64, 128, 4, 1, 1]]]}}
+     "pipelines": {"int4wo-64 4096x14336": [[33, [4, 1, 64, 128, 4, 1, 1]]]},
+     "widened": {"8da4w-32 4096x14336": [[65, [2, 1, 128, 128, 5, 1, 1]]]},
+     "speeds": {"int8dq 4096x14336": [[1, 1.55], [2048, 1.56]]}}
 
-Keys are ``<scheme> <n>x<k>``; each step is valid from its number of rows to the next one's.
+Keys are ``<scheme> <n>x<k>``; each step is valid from its number of rows to the next one's. Speeds, over
+bfloat16, are readings at one number of rows; what is shipped includes the activations' quantization.
 """
 
 from __future__ import annotations
@@ -24,7 +27,7 @@ from typing import Any
 from ..scheme import SCHEMES
 
 SHIPPED = Path(__file__).parent / "tuned"
-SECTIONS = ("kernels", "shapes", "pipelines")
+SECTIONS = ("kernels", "shapes", "pipelines", "widened", "speeds")
 
 KIN = {"H100": "NVIDIA H200", "H200": "NVIDIA H200"}
 """In the name of a device that has no table: whose serves, the same chip's beside another memory (H100,
@@ -98,6 +101,21 @@ def tuned_kernels(device: str, scheme: str, family: str, n: int, k: int) -> list
     return [(name, first) for name, first in table[near[0]]] if near else []
 
 
+def slower(device: str, scheme: str, family: str, n: int, k: int, rows: int | None) -> str:
+    """At which numbers of rows the scheme is slower than bfloat16 on this layer, or the likest one measured,
+    in words: at the one nearest to ``rows``, or at any. Empty where it is not, or where nobody knows."""
+    table = tuned_table(device)["speeds"]
+    near = _alike((e for e in table if e.partition(" ")[0] == scheme), scheme, family, n, k)
+    if not near or _distance(near[0], n, k) > ALIKE:
+        return ""
+    readings = table[near[0]]
+    if rows is not None:
+        readings = [min(readings, key=lambda r: abs(math.log(r[0] / max(rows, 1))))]
+    found = ", ".join(f"{speed:.2f}x at {count}" for count, speed in readings if speed < 1)
+    there = near[0].partition(" ")[2]
+    return f"slower than bfloat16 ({found} rows, measured on {there})" if found else ""
+
+
 def _alike(table: Iterable[str], scheme: str, family: str, n: int, k: int) -> list[str]:
     """Entries of the same scheme, then of its family, by distance in n and k."""
     found = [
@@ -109,6 +127,14 @@ def _alike(table: Iterable[str], scheme: str, family: str, n: int, k: int) -> li
 def _distance(entry: str, n: int, k: int) -> float:
     there = [int(s) for s in entry.partition(" ")[2].split("x")]
     return sum(abs(math.log(a / b)) for a, b in zip(there, (n, k), strict=True))
+
+
+@remembered
+def proven_shapes(device: str, section: str, family: str) -> tuple[tuple[int, ...], ...]:
+    """Every cut that was the fastest somewhere, for some scheme of the family."""
+    table = tuned_table(device)[section]
+    entries = _alike(table, "", family, 1, 1)
+    return tuple(sorted({tuple(shape) for entry in entries for _, shape in table[entry]}))
 
 
 @remembered

@@ -26,6 +26,7 @@ from ..lowering.devices import device_row
 from ..lowering.dispatch import prequantized, run_kernel, shaped_like
 from ..lowering.kernel import Problem
 from ..lowering.select import FALLBACK, Choice, select
+from ..lowering.tuning import slower
 from ..ops import LinearArguments, compute_dtype, outputs
 from ..scheme import get_scheme
 from .base import Pass
@@ -204,3 +205,6 @@ def _report(gm: fx.GraphModule, node: fx.Node, problem: Problem, choice: Choice)
         layer.kernel = kernel
         layer.rows = str(problem.m if problem.m is not None else "dynamic")
         layer.refused = dict(choice.refused)
+        layer.slower = slower(
+            problem.device.name, problem.scheme.name, problem.scheme.family, problem.n, problem.k, problem.m
+        )  # fmt: skip

@@ -10,12 +10,13 @@ import torch
 
 import fxquant
 from fxquant import tuner
-from fxquant.lowering import cuda_layout, cuda_pipeline, cuda_prefill, cuda_stream, nvrtc
+from fxquant.affine import unpack_codes
+from fxquant.lowering import cuda_cuts, cuda_layout, cuda_pipeline, cuda_prefill, cuda_stream, nvrtc
 from fxquant.lowering.cuda_stream import Shape
 from fxquant.lowering.kernel import KERNELS, Device, Problem
 from fxquant.lowering.select import select
-from fxquant.lowering.tuning import forget, shipped_table, tuned_kernels, tuned_shapes
-from fxquant.scheme import get_scheme
+from fxquant.lowering.tuning import forget, tuned_shapes
+from fxquant.scheme import Quantized, get_scheme
 from tests import oracles
 
 HOPPER = Device(
@@ -51,6 +52,7 @@ STREAM = {
         "fp8wo",
     ],
     "cuda_pipeline_w4a8": ["8da4w-32", "8da4w-128", "8da4w-256"],
+    "cuda_pipeline_w4a8_widened": ["8da4w-32", "8da4w-256"],
     "cuda_dequantize": [
         "int4wo-32",
         "int4wo-256-sym",
@@ -119,6 +121,27 @@ def test_packed_weights_share_no_memory_with_what_they_were_packed_from(scheme, 
         assert torch.equal(tensor.view(torch.uint8), expected.view(torch.uint8))
 
 
+def test_widened_activations_meet_their_weights():
+    """What the kernel does to a word, in Python: each lane's pairs of weights, as the operands of two 16-bit
+    products, times the activations that lie at the same k."""
+    scheme, n, k = get_scheme("8da4w-32"), 16, 64
+    q = oracles.random_sample(scheme, 0, n, k, torch.float32).weight
+    codes = torch.randint(-128, 128, (3, k), dtype=torch.int8)
+    inputs = Quantized(codes, torch.ones(3, 1), torch.tensor([[5], [-7], [0]]))
+    x = cuda_pipeline.widened(inputs, torch.bfloat16).float()
+    stream = cuda_layout.pack(scheme, q)[0].view(k // 32, -1)[:, : 16 * 32 // 2]
+    words = stream.contiguous().view(torch.int32).view(k // 32, 32, 2)
+    weights = torch.zeros(n, k)
+    for block, lane, half, p in itertools.product(range(k // 32), range(32), range(2), range(4)):
+        pair = ((int(words[block, lane, half]) >> (4 * p)) & 0x000F000F) ^ 0x00080008
+        register = 2 * (1 - p % 2) + half  # of mma's left operand: rows, then the second half of k
+        at = block * 32 + p // 2 * 16 + register // 2 * 8 + lane % 4 * 2
+        row = lane // 4 + 8 * (register % 2)
+        weights[row, at], weights[row, at + 1] = (pair & 0xFFFF) - 8, (pair >> 16) - 8
+    integers = codes.float() - torch.tensor([[5.0], [-7.0], [0.0]])
+    assert torch.equal(x @ weights.T, integers @ unpack_codes(q.codes, torch.int4).float().T)
+
+
 def test_extreme_scales_survive_the_stream():
     """Rows with scales from 2**-60 to 2**60, and a group 2**40 smaller than its row's largest."""
     scheme = get_scheme("int4wo-32")
@@ -146,11 +169,18 @@ def test_every_form_compiles_for_hopper(scheme, gated):
         text = cuda_stream.source(form, shape, False)
         assert nvrtc.compile_source(text, dict(constants), "sm_90a")[:4] == b"\x7fELF"
     if not form.row_major:
-        cut = cuda_pipeline.cut_for(get_scheme(scheme), 4096, 4096, 64, "none")
+        cut = cuda_cuts.cut_for(get_scheme(scheme), 4096, 4096, 64, "none")
         shape = cut.shape
         constants = cuda_stream.defines(form, shape, **more)
         text = cuda_pipeline.source(form, cut, False)
         assert nvrtc.compile_source(text, dict(constants), "sm_90a")[:4] == b"\x7fELF"
+        if form.x_bits == 8:
+            wide = form.taking(torch.bfloat16)
+            cut = cuda_cuts.widened_cut_for(get_scheme(scheme), 4096, 4096, 300, "none")
+            constants = dict(cuda_stream.defines(wide, cut.shape, **more))
+            text = cuda_pipeline.source(wide, cut, False)
+            assert nvrtc.compile_source(text, constants, "sm_90a")[:4] == b"\x7fELF"
+            constants = cuda_stream.defines(form, shape, **more)
         text = cuda_stream.text_of(*cuda_prefill.SOURCES)
         assert nvrtc.compile_source(text, dict(constants), "sm_90a")[:4] == b"\x7fELF"
 
@@ -191,30 +221,30 @@ def test_cuts_fit_and_cover_all_rows():
     ):
         form = cuda_layout.format_of(get_scheme(scheme))
         found = tuner.stream_cuts(get_scheme(scheme), 4096, k, rows)
-        assert found and all(s.fits(form, k) for s in found)
+        assert bool(found) == (rows <= 256) and all(s.fits(form, k) for s in found)
         found = tuner.pipeline_cuts(get_scheme(scheme), 4096, k, rows)
         assert bool(found) == (rows > 8 and not form.row_major)
         assert all(s.fits(form, k) for s in found)
 
 
 def test_tiles_share_the_rows_evenly():
-    cut = cuda_pipeline.Cut(2, 1, 256, 64, 5)
-    tokens = {rows: cuda_pipeline.evened(cut, rows).tokens for rows in (9, 33, 129, 256, 257, 700)}
+    cut = cuda_cuts.Cut(2, 1, 256, 64, 5)
+    tokens = {rows: cuda_cuts.evened(cut, rows).tokens for rows in (9, 33, 129, 256, 257, 700)}
     assert tokens == {9: 16, 33: 64, 129: 160, 256: 256, 257: 160, 700: 256}
-    assert cuda_pipeline.evened(cut._replace(tokens=64), 4096).tokens == 64
+    assert cuda_cuts.evened(cut._replace(tokens=64), 4096).tokens == 64
 
 
 def test_a_cut_is_adapted_to_a_layer_that_was_not_measured():
     """Half of the multiprocessors would have nothing to do with the cut of the likest layer."""
     for scheme, rows in itertools.product(("int4wo-64", "8da4w-32", "int8wo"), (16, 64, 129, 2048)):
         row = get_scheme(scheme)
-        cut = cuda_pipeline.cut_for(row, 896, 5120, rows, "NVIDIA H200")
+        cut = cuda_cuts.cut_for(row, 896, 5120, rows, "NVIDIA H200")
         assert cut.fits(cuda_layout.format_of(row), 5120)
         blocks = -(-896 // cut.rows) * -(-rows // cut.tokens) * cut.splits
         assert blocks >= 56, (scheme, rows, cut)
-        measured = cuda_pipeline.cut_for(row, 4096, 4096, rows, "NVIDIA H200")
+        measured = cuda_cuts.cut_for(row, 4096, 4096, rows, "NVIDIA H200")
         table = tuned_shapes("NVIDIA H200", "pipelines", scheme, row.family, 4096, 4096, rows)
-        assert measured == cuda_pipeline.evened(cuda_pipeline.Cut(*table[0]), rows)
+        assert measured == cuda_cuts.evened(cuda_cuts.Cut(*table[0]), rows)
 
 
 def test_wgmma_takes_only_what_the_instruction_has():
@@ -232,42 +262,14 @@ def test_wgmma_takes_only_what_the_instruction_has():
     assert not good.fits(half, 4096 + 64), "k is not whole steps"
 
 
-def test_the_fastest_readings_become_the_table(tmp_path, monkeypatch):
-    def reading(rows, kernel, shape, seconds):
-        return tuner.Reading("int4wo-64", 512, 256, rows, kernel, shape, seconds, 1.0)
+def taken(kernel: str) -> list[torch.dtype]:
+    """Types of activations."""
+    if kernel.endswith("widened"):
+        return [torch.bfloat16]
+    return [torch.bfloat16, torch.float16, torch.float32][: 3 if kernel in FLOAT32 else 2]
 
-    few, many = (1, 4, 2, 1, 128, 4, 0), (4, 1, 2, 64, 128, 3, 1)
-    readings = [
-        reading(1, "cuda_w4a16", few, 1.0),
-        reading(1, "cuda_w4a16", many, 2.0),
-        reading(64, "cuda_w4a16", many, 1.0),
-        reading(64, "cuda_dequantize", None, 3.0),
-        reading(4096, "cuda_dequantize", None, 1.0),
-    ]
-    table = tuner.best(readings)
-    assert table["kernels"] == {"int4wo-64 512x256": [["cuda_w4a16", 0], ["cuda_dequantize", 65]]}
-    assert table["shapes"] == {"int4wo-64 512x256": [[0, list(few)], [2, list(many)]]}
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(nvrtc, "refusal", lambda: None)
-    forget()
-    tuner.save(table, tmp_path / "fxquant" / "some_Hopper.json")
-    try:
-        steps = [("cuda_w4a16", 0), ("cuda_dequantize", 65)]
-        assert tuned_kernels(HOPPER.name, "int4wo-64", "w4a16", 512, 256) == steps
-        assert tuned_kernels(HOPPER.name, "int4wo-64", "w4a16", 640, 256) == steps, "the likest"
-        assert tuned_kernels(HOPPER.name, "int4wo-128", "w4a16", 512, 256) == steps, "the family"
-        assert tuned_kernels(HOPPER.name, "int4wo-64", "w4a16", 8192, 256) == [], "none is near"
-        assert tuned_kernels(HOPPER.name, "int8wo", "w8a16", 512, 256) == [], "another family"
-        assert tuned_shapes(HOPPER.name, "shapes", "int4wo-64", "w4a16", 512, 256, 40)[0] == many
-        assert tuned_shapes(HOPPER.name, "shapes", "int4wo-128", "w4a16", 640, 256, 1)[0] == few, (
-            "the likest"
-        )
-        assert tuned_shapes(HOPPER.name, "shapes", "int8wo", "w8a16", 512, 256, 1) == ()
-        choice = select(problem("int4wo-64", 512, 256))
-        assert choice.plan == "cuda_w4a16<65;cuda_dequantize"
-    finally:
-        monkeypatch.delenv("XDG_CACHE_HOME")
-        forget()
+
+FLOAT32 = ("cuda_w8a8", "cuda_w4a8")
 
 
 @needs_hopper
@@ -280,9 +282,7 @@ def test_exact_and_within_bounds(kernel, scheme):
     row = 128 if kernel == "cuda_pipeline_w4a8" else 64
     wide = [(144, 4 * group), (200, 3 * max(group, row)), (272, 1280)]
     sizes = itertools.cycle(narrow + wide)
-    dtypes = itertools.cycle(
-        [torch.bfloat16, torch.float16] + [torch.float32] * (kernel in ("cuda_w8a8", "cuda_w4a8"))
-    )
+    dtypes = itertools.cycle(taken(kernel))
     for rows, bias in itertools.product(ROWS, (False, True)):
         (n, k), dtype = next(sizes), next(dtypes)
         if not (bias and kernel == "cuda_dequantize_w4a8"):  # the product is rounded before it
@@ -302,7 +302,7 @@ def test_gates_are_within_bounds(kernel, scheme):
     """Both halves of the channels in whole tiles, as few as one, and more than a block has."""
     row = max(get_scheme(scheme).weight.group_size or 0, 128)
     sizes = itertools.cycle([(32, 4 * row), (96, 2 * row), (544, 1024), (1312, 3 * row)])
-    dtypes = itertools.cycle([torch.bfloat16, torch.float16])
+    dtypes = itertools.cycle(taken(kernel)[:2])
     gates = itertools.cycle(["silu_mul", "gelu_tanh_mul", "gelu_mul", "relu_mul"])
     for rows, bias in itertools.product(ROWS, (False, True)):
         (n, k), dtype, gate = next(sizes), next(dtypes), next(gates)
@@ -334,12 +334,9 @@ def test_every_cut_is_exact_and_repeats_itself(scheme):
         expected = oracles.reference(sample, device="cuda").float().bfloat16()
         on = sample.to("cuda")
         packed = KERNELS[name].layout.pack(row, on.weight)
-        x, scale, zero = (on.x, None, None) if row.input is None else row.input.quantize(on.x)
-        scale, zero = (
-            None if t is None else t.float().reshape(-1).contiguous() for t in (scale, zero)
-        )
+        x, scale, zero = cutter.operands(row, on.x)
         cuts = cutter.cuts(row, n, k, rows)
-        tuner.build(cutter, row, cuts, x.dtype, x.device)
+        tuner.build(cutter, row, cuts, x.device)
         for cut in cuts:
             arguments = (row, cut, x, scale, zero, packed, None, n, "", torch.bfloat16)
             y = cutter.run(*arguments)
@@ -360,17 +357,3 @@ def test_rows_beside_the_activations_do_not_matter():
     y = op(x[1:4], None, None, packed, None, "int4wo-64", "", 40, x.dtype)
     expected = oracles.run("cuda_w4a16", sample)
     oracles.assert_equal(y.cpu(), expected.cpu(), "rows beside others, of NaN")
-
-
-def test_a_device_without_a_table_takes_its_kins():
-    ours = "NVIDIA H200"
-    assert shipped_table("NVIDIA H100 80GB HBM3") == shipped_table(ours)
-    assert (
-        shipped_table("NVIDIA H200 NVL")
-        == shipped_table("NVIDIA GH200 480GB")
-        == shipped_table(ours)
-    )
-    assert shipped_table(ours).is_file()
-    assert not shipped_table("NVIDIA A100-SXM4-80GB").exists()
-    kernels = tuned_kernels("NVIDIA H100 80GB HBM3", "int4wo-64", "w4a16", 4096, 4096)
-    assert kernels == tuned_kernels(ours, "int4wo-64", "w4a16", 4096, 4096)

@@ -2,6 +2,7 @@
 //   BITS of a weight; FLOAT8: whether the 8 bits are e4m3; X_BITS of an activation (16 or 8);
 //   X_HALF: 16-bit activations are float16, not bfloat16; CHUNK: k that share qparams (0: none
 //   inside the stream); ZERO: the qparams have a zero point; X_ZERO: activations have one;
+//   WIDENED: the activations' 8-bit codes come as 16-bit floats, the weight lies as for 8-bit products;
 //   TOKENS of a block of threads (1, or a multiple of 8), ROW_TILES of a warp, WARPS_N, WARPS_K,
 //   STEP (k of a pipeline stage), STAGES; WARPGROUP: four warps multiply together (wgmma);
 //   BLOCKS of threads that a multiprocessor should hold; SPLITS;
@@ -19,6 +20,7 @@ constexpr int ROWS = 16 * ROW_TILES * WARPS_N;
 constexpr int GROUP_THREADS = 32 * WARPS_N;  // the warps that share a part of k, and its activations
 constexpr int THREADS = GROUP_THREADS * WARPS_K;
 constexpr bool INTEGER = X_BITS == 8 && !FLOAT8;
+constexpr bool X_SCALED = X_BITS == 8 || WIDENED;
 constexpr bool GROUPED = CHUNK != 0;
 constexpr int OUTPUTS = GATED ? ROWS / 2 : ROWS;  // channels of y that a block makes
 

@@ -13,18 +13,18 @@ __device__ __forceinline__ float bias_at(const void* bias, int n) {
   return BIAS_TYPE == 3 ? static_cast<const float*>(bias)[n] : widen(static_cast<const u16*>(bias)[n], BIAS_TYPE);
 }
 
-constexpr bool SCALED = !GROUPED || X_BITS == 16;  // by one scale a channel, after the sum
+constexpr bool SCALED = !GROUPED || (X_BITS == 16 && !WIDENED);  // by one scale a channel, after the sum
 
 __device__ __forceinline__ float scaled(float y, float x_scale, float x_zero, float w_scale, float w_sum, float bias) {
   if (X_ZERO) y -= x_zero * w_sum;
-  if (X_BITS == 8) y *= x_scale;
+  if (X_SCALED) y *= x_scale;
   if (SCALED) y *= w_scale;
   return y + bias;
 }
 
 template <class Arguments>
 __device__ __forceinline__ float scaled_at(const Arguments& p, float y, int m, int n) {
-  return scaled(y, X_BITS == 8 ? p.x_scale[m] : 1.0f, X_ZERO ? p.x_zero[m] : 0.0f,
+  return scaled(y, X_SCALED ? p.x_scale[m] : 1.0f, X_ZERO ? p.x_zero[m] : 0.0f,
                 SCALED ? p.w_scale[n] * SUM_FACTOR : 1.0f, X_ZERO ? p.w_sum[n] : 0.0f, bias_at(p.bias, n));
 }
 

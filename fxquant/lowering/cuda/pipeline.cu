@@ -170,7 +170,7 @@ __device__ __forceinline__ void write(const Arguments& p, u32 part, int2 at, int
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const int token = min(first_token + 8 * (j + i / 2) + 2 * (lane % 4) + i % 2, p.m - 1);
-        x_scale[i / 2][i % 2] = X_BITS == 8 ? p.x_scale[token] : 1.0f;
+        x_scale[i / 2][i % 2] = X_SCALED ? p.x_scale[token] : 1.0f;
         x_zero[i / 2][i % 2] = X_ZERO ? p.x_zero[token] : 0.0f;
       }
 #pragma unroll

@@ -57,10 +57,11 @@ __device__ __forceinline__ void widen_weights(const Words<BITS / 2>& w, const Qp
   for (int half = 0; half < 2; ++half)
 #pragma unroll
     for (int p = 0; p < 4; ++p) {  // two neighbours in k
-      u32& out = a[p / 2][2 * (p % 2) + half];
+      // (for 8-bit products the second half of a block's k comes first, and codes keep their sign)
+      u32& out = a[p / 2][2 * (WIDENED ? 1 - p % 2 : p % 2) + half];
       if constexpr (BITS <= 4) {
         const u32 word = BITS == 4 ? w.w[half % (BITS / 2)] >> (4 * p) : w.w[0] >> (2 * p + 8 * half);
-        const u32 codes = word & (BITS == 4 ? 0x000f000fu : 0x00030003u);
+        const u32 codes = (word & (BITS == 4 ? 0x000f000fu : 0x00030003u)) ^ (WIDENED ? 0x00080008u : 0u);
         out = SCALE_SUMS ? codes | base : fma2(fma2(codes, RAISE, CENTER), q.scale[half], q.zero[half]);
       } else if constexpr (FLOAT8) {
         // e4m3's exponent and mantissa fit below either type's sign; its bias is repaired by a

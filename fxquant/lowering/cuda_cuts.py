@@ -1,0 +1,197 @@
+"""How ``cuda_pipeline``'s blocks are cut: what fits, what a cut takes, and which is picked."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+
+from ..scheme import Scheme
+from .cuda_layout import Format, format_of
+from .cuda_stream import BUSY, Shape
+from .hopper import MULTIPROCESSORS, SHARED_LIMIT, taken
+from .tuning import is_measured, proven_shapes, remembered, tuned_shapes
+
+SPARE = 40
+"""Registers beside the sums: the weights being unpacked, addresses."""
+
+
+UNPACKING, ADDING, ALONE = 64, 0.1, 1.6
+"""What it takes to unpack a weight, in tokens that are multiplied meanwhile; to add up a split tile, as
+part of the tile; and a warpgroup that no other one works beside, as a multiple."""
+
+
+class Cut(NamedTuple):
+    """How a block of threads is cut. warpgroups: that multiply, each ``64 * row_tiles`` channels; step:
+    values of k in a stage; blocks: on a multiprocessor; splits: blocks of a cluster that share k."""
+
+    warpgroups: int
+    row_tiles: int
+    tokens: int
+    step: int
+    stages: int
+    blocks: int = 1
+    splits: int = 1
+
+    @property
+    def shape(self) -> Shape:
+        """The same in the constants of the sources that ``stream.cu`` shares."""
+        warps = 4 * self.warpgroups
+        return Shape(
+            warps,
+            1,
+            self.row_tiles,
+            self.tokens,
+            self.step,
+            self.stages,
+            1,
+            self.blocks,
+            self.splits,
+        )
+
+    @property
+    def threads(self) -> int:
+        return 128 * (self.warpgroups + 1)
+
+    @property
+    def equal_registers(self) -> int:
+        """Of each thread when the kernel starts: a part of a scheduler's 512."""
+        return min(512 // ((self.warpgroups + 1) * self.blocks) // 8 * 8, 240)
+
+    @property
+    def registers(self) -> int:
+        """Of a thread that multiplies, once the fetching group has kept 40."""
+        rest = self.equal_registers * (self.warpgroups + 1) - 40
+        return min(rest // self.warpgroups // 8 * 8, 240)
+
+    @property
+    def rows(self) -> int:
+        """Channels of a tile."""
+        return 64 * self.row_tiles * self.warpgroups
+
+    def shared(self, form: Format) -> int:
+        """Bytes of shared memory: the ring, what is being written, and the barriers; or partial sums."""
+        stage = self.shape.stage_bytes(form)
+        part = (32 if self.tokens % 32 == 0 else 16) * (128 * self.row_tiles + 16)
+        ring = self.stages * stage + self.warpgroups * part + 16 * self.stages
+        return max(ring, self.tokens * (self.rows + 4) * 4 if self.splits > 1 else 0)
+
+    def sums(self, form: Format) -> int:
+        """Registers of a thread that hold sums, those still being made of integers included."""
+        parts = (2 if self.tokens <= 64 else 1) if form.chunk and form.x_bits == 8 else 0
+        return (self.row_tiles + parts) * self.tokens // 2
+
+    def tiles(self, n: int, rows: int) -> int:
+        """Of the result, each computed by a cluster of ``splits`` blocks."""
+        return -(-n // self.rows) * -(-rows // self.tokens)
+
+    def waves(self, n: int, rows: int) -> int:
+        """How often a place for a block on a multiprocessor is taken, at most."""
+        return -(-self.tiles(n, rows) * self.splits // (MULTIPROCESSORS * self.blocks))
+
+    def busy(self, n: int, rows: int) -> float:
+        """The part of those places that have a block, on average over the waves."""
+        return taken(self.tiles(n, rows) * self.splits, MULTIPROCESSORS * self.blocks)
+
+    def work(self, rows: int) -> float:
+        """Of a multiprocessor in one wave, in tokens of a channel."""
+        part = 1.0 if self.splits == 1 else 1 / self.splits + ADDING
+        alone = ALONE if self.blocks * self.warpgroups == 1 else 1.0
+        return part * alone * self.blocks * self.rows * (min(self.tokens, rows) + UNPACKING)
+
+    def time(self, n: int, rows: int) -> float:
+        """What all waves take, in products of a token and a channel for each k on one multiprocessor; about
+        0.25 ns each for 16-bit activations on an H200 (64 to 4096 rows: 0.21 to 0.3)."""
+        return self.waves(n, rows) * self.work(rows)
+
+    def fits(self, form: Format, k: int) -> bool:
+        """Whether the kernel can be cut like this."""
+        fits = k % self.step == 0 and self.step % form.unit == 0 and not form.row_major
+        fits = fits and self.shape.fits_wgmma(form) and self.tokens % 16 == 0
+        fits = fits and self.row_tiles * self.warpgroups <= 8 and self.tokens <= 256
+        fits = fits and self.sums(form) + SPARE <= self.registers
+        fits = (
+            fits and self.tokens // 2 + 40 <= self.equal_registers
+        )  # with fewer, ptxas serializes
+        return fits and self.shared(form) * self.blocks <= SHARED_LIMIT
+
+
+GROUPS = ((1, 1), (1, 2), (2, 1), (2, 2), (3, 1), (4, 1), (4, 2))
+"""Warpgroups that multiply, and tiles of each."""
+
+STEPS = (128, 64, 256)
+"""k of a stage, the likeliest first."""
+
+BY_MODEL = 33
+"""Rows from which on ``Cut.time`` tells cuts apart; below it is bytes that count, not products."""
+
+
+def cuts(form: Format, n: int, k: int, rows: int, tokens: Iterable[int]) -> list[Cut]:
+    """What fits, with as many stages as do and as many blocks as have a place at once where k is split;
+    by ``Cut.time``, the shortest first."""
+    found = []
+    for (groups, tiles), count, blocks, step in itertools.product(GROUPS, tokens, (1, 2), STEPS):
+        deepest = (Cut(groups, tiles, count, step, stages, blocks) for stages in (6, 5, 4, 3))
+        for cut in [cut for cut in deepest if cut.fits(form, k)][:1]:
+            found += splits_of(cut, form, n, k, rows)
+    return sorted(found, key=lambda cut: cut.time(n, rows))
+
+
+def splits_of(cut: Cut, form: Format, n: int, k: int, rows: int) -> list[Cut]:
+    """The same with k split in every way that fits."""
+    splits = (cut._replace(splits=parts) for parts in (1, 2, 4, 8))
+    fitting = [one for one in splits if one.fits(form, k)]
+    return [one for one in fitting if one.splits == 1 or one.waves(n, rows) == 1]
+
+
+UNPROVEN = 1.15
+"""What a cut that was nowhere the fastest is thought to take beyond its ``time``."""
+
+
+LIKE = sorted(16 * part << power for power in range(9) for part in (2, 3))
+"""Numbers of rows: those up to one are cut as it is."""
+
+PLAIN = (Cut(2, 2, 64, 128, 4), Cut(2, 1, 256, 64, 5), Cut(2, 2, 128, 128, 3), Cut(2, 1, 64, 64, 4))
+"""One of them fits whatever k the needs let through."""
+
+
+def cut_for(scheme: Scheme, n: int, k: int, rows: int, device: str) -> Cut:
+    """The cut for this many rows: measured for this layer; or the one which ``Cut.time`` says is the fastest,
+    or, of few rows, that of the likest layer; or a plain one. Its tiles have no more tokens than an even
+    share of the rows asks for."""
+    return _picked("pipelines", format_of(scheme), scheme, n, k, rows, device)
+
+
+def widened_cut_for(scheme: Scheme, n: int, k: int, rows: int, device: str) -> Cut:
+    """``cut_for`` where 8-bit activations come as bfloat16."""
+    form = format_of(scheme).taking(torch.bfloat16)
+    return _picked("widened", form, scheme, n, k, rows, device)
+
+
+@remembered
+def _picked(
+    section: str, form: Format, scheme: Scheme, n: int, k: int, rows: int, device: str
+) -> Cut:
+    found = tuned_shapes(device, section, scheme.name, scheme.family, n, k, rows)
+    tuned = (Cut(*measured) for measured in found)
+    plain = sorted(PLAIN, key=lambda cut: abs(cut.tokens - rows))
+    cut = next(cut for cut in (*tuned, *plain) if cut.fits(form, k))
+    by_model = rows >= BY_MODEL or cut.busy(n, rows) < BUSY
+    if by_model and not is_measured(device, section, scheme.name, n, k):
+        # like numbers of rows are cut alike: each cut is a kernel to compile
+        likely = next(most for most in itertools.chain(LIKE, (rows,)) if most >= rows)
+        tokens = range(32, min(likely, 256) + 1, 32) if rows > 16 else (16,)
+        costs = {one: UNPROVEN * one.time(n, likely) for one in cuts(form, n, k, likely, tokens)}
+        for shape in proven_shapes(device, section, scheme.family):
+            proven = splits_of(Cut(*shape), form, n, k, likely)
+            costs |= {one: one.time(n, likely) for one in proven}
+        cut = min(costs, key=lambda one: (costs[one], -one.rows * one.tokens), default=cut)
+    return evened(cut, rows)
+
+
+def evened(cut: Cut, rows: int) -> Cut:
+    """The same number of tiles, with as many tokens each, in steps of 32: few variants to compile."""
+    share = -(-rows // -(-rows // cut.tokens))
+    return cut._replace(tokens=min(cut.tokens, 16 if share <= 16 else -(-share // 32) * 32))
