@@ -7,7 +7,8 @@ A plain run compiles everything and checks the results; then both tools run the 
 (sanitize_cases.py) side by side, each in one process. memcheck gets every tensor as an allocation
 of its own.
 
-What racecheck says about Triton's own handshake of specialized warps (handshake.py) is counted apart.
+racecheck gets a ``cuda_pipeline`` in which every lane arrives at its barriers (sanitize_cases.py says why).
+What it says about Triton's own handshake of specialized warps (handshake.py) is counted apart.
 Writes DIR/sanitize.json and DIR/sanitize.md; exits with 1 if a tool reports anything, is missing, or
 a case did not run.
 """
@@ -33,7 +34,7 @@ from typing import Any
 import handshake
 import torch
 from llama_report import machine
-from sanitize_cases import build, cases, names_of, run
+from sanitize_cases import EVERY_LANE, build, cases, let_every_lane_arrive, names_of, run
 from tabulate import tabulate
 
 OPTIONS = (
@@ -64,6 +65,8 @@ def child(names: str) -> int:
     known = {case.name: case for case in cases()}
     todo = list(known.values()) if names == "all" else [known[n] for n in names.split(";")]
     print(f"=== device {torch.cuda.get_device_name(0)}", flush=True)
+    if os.environ.get(EVERY_LANE):
+        let_every_lane_arrive()
     build(todo)
     code = 0
     for case in todo:
@@ -222,7 +225,10 @@ def check(path: str, names: Sequence[str], deadline: float) -> dict[str, Any]:
     runs["plain"]["summary"] = 0  # no tool counts
     built = time.time()
     if runs["plain"]["cases"]:
-        own = {"memcheck": {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}, "racecheck": {}}
+        own = {
+            "memcheck": {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
+            "racecheck": {EVERY_LANE: "1"},
+        }
         with ThreadPoolExecutor(len(own)) as pool:
             futures = {
                 tool: pool.submit(

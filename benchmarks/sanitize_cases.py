@@ -22,6 +22,7 @@ import torch
 from fxquant import tuner
 from fxquant.lowering import cuda_cuts, cuda_layout, cuda_pipeline, cuda_prefill, triton_prefill
 from fxquant.lowering.cuda_cuts import Cut
+from fxquant.lowering.cuda_layout import Format
 from fxquant.lowering.cuda_stream import Shape
 from fxquant.lowering.dispatch import prequantized
 from fxquant.lowering.kernel import KERNELS
@@ -115,6 +116,31 @@ def pipeline_kinds(kernel: str, scheme: str) -> list[Cut]:
     cuts = [c for c in cuts if (c.warpgroups > 1) == (c.tokens > 64) and c.splits in (1, 4)]
     cuts.sort(key=lambda c: (c.stages * c.step, c.tokens), reverse=True)
     return list({(c.tokens > 64, c.splits > 1): c for c in cuts}.values())
+
+
+EVERY_LANE = "FXQUANT_EVERY_LANE"
+"""Set for racecheck, which follows an arrival at a barrier for the lane that makes it, and does not see that
+``__syncwarp`` has brought the others there: it took every read of a stage of the ring for a race with the
+copy engine's next write. Under it each lane arrives itself; nothing else of the kernel differs."""
+
+ARRIVALS = (
+    ("if (lane == 0) barrier_arrive(empty", "barrier_arrive(empty"),
+    ("barrier_init(empty + 8 * i, WARPS_N)", "barrier_init(empty + 8 * i, 32 * WARPS_N)"),
+)
+
+
+def let_every_lane_arrive() -> None:
+    """For the rest of this process."""
+    plain = cuda_pipeline.source
+
+    def source(form: Format, cut: Cut, half: bool) -> str:
+        text = plain(form, cut, half)
+        for one, other in ARRIVALS:
+            assert text.count(one) == 1, f"pipeline.cu has changed: {one}"
+            text = text.replace(one, other)
+        return text
+
+    cuda_pipeline.source = source
 
 
 def build(todo: Sequence[Case]) -> None:

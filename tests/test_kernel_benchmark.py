@@ -304,6 +304,22 @@ def test_a_handshake_of_warps_is_no_race_and_any_other_is(sanitize):
     assert not sanitize.clean(elsewhere | {"code": 9}, ["one"])
 
 
+def test_every_lane_arrives_for_racecheck_and_nothing_else_changes(monkeypatch):
+    known = importlib.import_module("sanitize_cases")
+    form = known.cuda_layout.format_of(get_scheme("int4wo-64"))
+    cut = known.Cut(2, 1, 64, 128, 4)
+    plain = known.cuda_pipeline.source(form, cut, False)
+    monkeypatch.setattr(known.cuda_pipeline, "source", known.cuda_pipeline.source)
+    known.let_every_lane_arrive()
+    changed = known.cuda_pipeline.source(form, cut, False)
+    differ = [
+        pair
+        for pair in zip(plain.splitlines(), changed.splitlines(), strict=True)
+        if pair[0] != pair[1]
+    ]
+    assert len(differ) == 2 and all("empty" in after for _, after in differ)
+
+
 def test_clean_means_that_all_ran_and_nothing_was_said(sanitize):
     quiet = "=== case one\n=== done\n=== end\n========= RACECHECK SUMMARY: 0 hazards displayed\n"
     found = sanitize.parse(quiet) | {"code": 0}
