@@ -80,17 +80,20 @@ def bundle(tensors: Sequence[torch.Tensor]) -> Quantized:
     return Quantized(tensors[0], tensors[1], tensors[2] if len(tensors) > 2 else None)
 
 
-@define("quantize(Tensor x, str scheme, str role) -> Tensor[]")
-def quantize(x: torch.Tensor, scheme: str, role: str) -> list[torch.Tensor]:
-    """Codes, scale and, for formats that have one, zero point of ``x``."""
+@define('quantize(Tensor x, str scheme, str role, str gate="") -> Tensor[]')
+def quantize(x: torch.Tensor, scheme: str, role: str, gate: str = "") -> list[torch.Tensor]:
+    """Codes, scale and, for formats that have one, zero point of ``x``, or of what one of GATES makes
+    of it."""
     spec = spec_of(scheme, role)
+    x = finish(x, gate)
     found = spec.quantize_weight(x) if role == "weight" else spec.quantize(x)
     return [t for t in found if t is not None]
 
 
 @torch.library.register_fake("fxquant::quantize", lib=LIBRARY, allow_override=True)
-def quantize_fake(x, scheme, role):  # shapes alone: the reference is a score of ops
+def quantize_fake(x, scheme, role, gate=""):  # shapes alone: the reference is a score of ops
     spec = spec_of(scheme, role)
+    x = x[..., : outputs(x.shape[-1], gate)]
     codes = x.new_empty((*x.shape[:-1], spec.stored_width(x.shape[-1])), dtype=spec.codes_dtype)
     blocks = [
         1 if b == -1 else n // b for n, b in zip(x.shape, spec.block_size(x.dim()), strict=True)

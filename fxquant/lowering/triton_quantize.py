@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import torch
 
-from ..ops import quantize_fake
+from ..ops import GATES, outputs, quantize_fake
 from ..scheme import QuantSpec, get_scheme
 from .devices import device_row
-from .triton_launch import HAS_TRITON, INTERPRET, define, jit, tl
+from .triton_launch import HAS_TRITON, INTERPRET, activate, define, jit, tl
 
 LEAST = 1 << 20
 """Values, from which on a kernel of its own is faster."""
@@ -41,13 +41,19 @@ def nearest(x):
 def quantize_rows_kernel(
     x, codes, scale, zero, K,
     INVERSE: tl.constexpr, ASYMMETRIC: tl.constexpr, FLOAT8: tl.constexpr, BLOCK: tl.constexpr,
-    SMALLEST: tl.constexpr, LARGEST: tl.constexpr,
+    SMALLEST: tl.constexpr, LARGEST: tl.constexpr, GATE: tl.constexpr,
 ):  # fmt: skip
-    """codes[row, :] of x[row, :K] with the row's scale and zero point. INVERSE: of half the codes' range."""
+    """codes[row, :] of x[row, :K] with the row's scale and zero point. INVERSE: of half the codes' range.
+    GATE: an activation; the row is that of x[row, :K], times x[row, K : 2 K]."""
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
     inside = at < K
-    values = tl.load(x + row * K + at, inside, 0.0).to(tl.float32)
+    if GATE == "":
+        values = tl.load(x + row * K + at, inside, 0.0).to(tl.float32)
+    else:
+        first = tl.load(x + row * 2 * K + at, inside, 0.0).to(tl.float32)
+        second = tl.load(x + row * 2 * K + K + at, inside, 0.0).to(tl.float32)
+        values = (activate(first, GATE) * second).to(x.dtype.element_ty).to(tl.float32)
     low = tl.minimum(tl.min(values, 0), 0.0)
     high = tl.maximum(tl.max(values, 0), 0.0)
     broken = tl.max((values != values).to(tl.int32), 0)
@@ -74,17 +80,18 @@ def quantize_rows_kernel(
     tl.store(codes + row * K + at, found.to(codes.dtype.element_ty), inside)
 
 
-def _fake(x: torch.Tensor, scheme: str) -> list[torch.Tensor]:
-    return quantize_fake(x, scheme, "input")
+def _fake(x: torch.Tensor, scheme: str, gate: str = "") -> list[torch.Tensor]:
+    return quantize_fake(x, scheme, "input", gate)
 
 
-@define("quantize_rows(Tensor x, str scheme) -> Tensor[]", _fake)
-def quantize_rows(x: torch.Tensor, scheme: str) -> list[torch.Tensor]:
-    """Codes, scale and, for schemes that have one, zero point of x[rows, k], as ``fxquant.quantize``."""
+@define('quantize_rows(Tensor x, str scheme, str gate="") -> Tensor[]', _fake)
+def quantize_rows(x: torch.Tensor, scheme: str, gate: str = "") -> list[torch.Tensor]:
+    """Codes, scale and, for schemes that have one, zero point of x[rows, k], or, with one of GATES, of
+    x[rows, 2 k], as ``fxquant.quantize``; what the gate makes is rounded once, to x's type."""
     spec = get_scheme(scheme).input
     assert spec is not None
-    found = _fake(x, scheme)
-    rows, k = x.shape
+    found = _fake(x, scheme, gate)
+    rows, k = found[0].shape
     if rows and k:
         codes, scale = found[:2]
         if INTERPRET and spec.dtype.is_floating_point:  # it does not round to float8 as a GPU does
@@ -96,6 +103,7 @@ def quantize_rows(x: torch.Tensor, scheme: str) -> list[torch.Tensor]:
                 x.contiguous(), codes, scale, found[-1], k,
                 INVERSE=1 / half, ASYMMETRIC=spec.mapping == "asymmetric",
                 FLOAT8=spec.dtype.is_floating_point, BLOCK=block, SMALLEST=SMALLEST, LARGEST=LARGEST,
+                GATE=GATES.get(gate, ""),
                 num_warps=min(max(block // 512, 4), 32), enable_fp_fusion=False,
             )  # fmt: skip
         found[0] = codes.to(spec.codes_dtype)
@@ -110,11 +118,11 @@ SERVED = (
 )
 
 
-def is_served(x: torch.Tensor, spec: QuantSpec) -> bool:
-    """Whether this kernel can quantize ``x``, a fake one maybe."""
+def is_served(x: torch.Tensor, spec: QuantSpec, gate: str = "") -> bool:
+    """Whether this kernel can quantize ``x``, a fake one maybe, or what ``gate`` makes of it."""
     if not HAS_TRITON or x.device.type not in PLACES or x.dim() != 2:
         return False
-    k = x.shape[1]
+    k = outputs(x.shape[1], gate)
     if x.dtype == torch.float64:  # its arithmetic is float64
         return False
     if spec.dtype.is_floating_point and x.is_cuda and "sm89" not in device_row(x.device).features:
@@ -124,7 +132,7 @@ def is_served(x: torch.Tensor, spec: QuantSpec) -> bool:
     return token and served and isinstance(k, int) and 0 < k <= WIDEST
 
 
-def are_many(x: torch.Tensor) -> bool:
+def are_many(x: torch.Tensor, gate: str = "") -> bool:
     """Whether it is better at it than what is fused: for an unknown number of rows too."""
     rows, k = x.shape
-    return not isinstance(rows, int) or rows * k >= LEAST
+    return not isinstance(rows, int) or rows * outputs(k, gate) >= LEAST

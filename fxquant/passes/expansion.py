@@ -34,7 +34,8 @@ def expand(graph: fx.Graph) -> None:
             if target is ops.quantize.default and _has_kernel(node):
                 # a new node: the old one's meta has values for the arguments of the old op
                 with graph.inserting_before(node):
-                    own = emit(graph, node, ops.quantize_rows.default, *node.args[:2])
+                    x, scheme, _, gate = _arguments(node)
+                    own = emit(graph, node, ops.quantize_rows.default, x, scheme, gate)
                 replace(node, own)
             else:
                 _expand_one(graph, node, bodies)
@@ -44,11 +45,16 @@ VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
 PRODUCTS = (aten.mm.default, aten.addmm.default, aten.bmm.default)
 
 
+def _arguments(node: fx.Node) -> tuple[Any, ...]:
+    """x, scheme, role and gate of a ``fxquant.quantize``."""
+    return (*node.args, "")[:4]
+
+
 def _has_kernel(node: fx.Node) -> bool:
-    x, scheme, role = node.args
-    if role != "input" or not is_served(value(x), spec_of(scheme, role)):  # type: ignore[arg-type]
+    x, scheme, role, gate = _arguments(node)
+    if role != "input" or not is_served(value(x), spec_of(scheme, role), gate):
         return False
-    return are_many(value(x)) or _follows_a_kernel(x)  # type: ignore[arg-type]
+    return are_many(value(x), gate) or _follows_a_kernel(x)
 
 
 def _follows_a_kernel(x: fx.Node) -> bool:

@@ -32,6 +32,8 @@ from ..scheme import get_scheme
 from .base import Pass
 from .expansion import expand
 from .folding import fold, folds
+from .fusion import only_user
+from .gates import gate_of
 
 aten = torch.ops.aten
 ops = torch.ops.fxquant
@@ -99,8 +101,7 @@ def _lower_one(
             packed[key] = [
                 emit(graph, node, operator.getitem, bundle, i) for i in range(len(value(bundle)))
             ]
-        rows = emit(graph, node, aten.reshape.default, a.x, [-1, problem.k])
-        codes = _codes(graph, node, problem, rows, a.x_scale)
+        rows, codes = _codes(graph, node, problem, a)
         args = (rows, codes, packed[key], bias, a.epilogue)
         result = _call(gm, node, choice, problem, bodies, *args)
         shape = [*_sizes(graph, node, a.x), outputs(problem.n, a.epilogue)]
@@ -181,16 +182,29 @@ def _call(
 
 
 def _codes(
-    graph: fx.Graph, node: fx.Node, problem: Problem, x: fx.Node, x_scale: fx.Node | None
-) -> list[fx.Node]:
-    """``x`` quantized, which ``expand`` writes out for Inductor; nothing where it stays float. A static
-    input is codes; its one scale stands for that of every row."""
-    if problem.scheme.input is None:
-        return []
-    if x_scale is not None:
-        shape = [*_sizes(graph, node, x), 1]
-        return [x, emit(graph, node, aten.expand.default, x_scale, shape)]
-    found = emit(graph, node, ops.quantize.default, x, problem.scheme.name, "input")
+    graph: fx.Graph, node: fx.Node, problem: Problem, a: LinearArguments
+) -> tuple[fx.Node, list[fx.Node]]:
+    """The rows of ``a.x``, and they quantized, which ``expand`` writes out for Inductor; nothing where they
+    stay float. What a gate makes for this linear alone is quantized as it is made: the codes stand for the
+    rows, as they do for those of a static input, whose one scale stands for that of every row."""
+    spec = problem.scheme.input
+    found = gate_of(a.x) if spec is not None and a.x_scale is None else None
+    if found is not None and only_user(a.x) is node:
+        whole, gate = found
+        rows = emit(graph, node, aten.reshape.default, whole, [-1, 2 * problem.k])
+        codes = _quantized(graph, node, rows, problem.scheme.name, "input", gate)
+        return codes[0], codes
+    rows = emit(graph, node, aten.reshape.default, a.x, [-1, problem.k])
+    if spec is None:
+        return rows, []
+    if a.x_scale is not None:
+        shape = [*_sizes(graph, node, rows), 1]
+        return rows, [rows, emit(graph, node, aten.expand.default, a.x_scale, shape)]
+    return rows, _quantized(graph, node, rows, problem.scheme.name, "input")
+
+
+def _quantized(graph: fx.Graph, node: fx.Node, *args: Any) -> list[fx.Node]:
+    found = emit(graph, node, ops.quantize.default, *args)
     return [emit(graph, node, operator.getitem, found, i) for i in range(len(value(found)))]
 
 

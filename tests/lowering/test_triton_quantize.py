@@ -18,6 +18,7 @@ import fxquant  # noqa: E402
 from fxquant.inductor import trace_decomposed  # noqa: E402
 from fxquant.lowering import triton_quantize  # noqa: E402
 from fxquant.lowering.triton_launch import HAS_TRITON  # noqa: E402
+from fxquant.ops import bundle, finish  # noqa: E402
 from fxquant.passes.expansion import expand  # noqa: E402
 from fxquant.scheme import get_scheme  # noqa: E402
 from tests.conftest import sqnr  # noqa: E402
@@ -55,6 +56,27 @@ def test_equals_the_reference(scheme, shape, dtype):
         same(found, torch.ops.fxquant.quantize(x, scheme, "input"))
     else:
         assert found[0].shape == shape
+
+
+@pytest.mark.parametrize("gate", ["silu_mul", "gelu_mul", "gelu_tanh_mul", "relu_mul"])
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_what_a_gate_makes(scheme, gate, dtype):
+    """Rounded once, to the type of its halves (a GPU's exponential may differ in the last bits)."""
+    x = torch.randn(5, 2 * 200, device=DEVICE).to(dtype)
+    found = torch.ops.fxquant.quantize_rows(x, scheme, gate)
+    spec = get_scheme(scheme).input
+    wanted = finish(x.float(), gate).to(dtype)
+    expected = spec.quantize(wanted)
+    assert [(t.shape, t.dtype) for t in found] == [
+        (t.shape, t.dtype) for t in expected if t is not None
+    ]
+    step = expected.scale.float()
+    near = spec.dequantize(bundle(found), torch.float32) - wanted.float()
+    # half a code (of float8, of its 3 bits), and one rounding of what is quantized and of its largest
+    allowed = step * 0.5 + (2.0**-4 * wanted.float().abs() if scheme == "fp8dq" else 0)
+    allowed = allowed + 2 * torch.finfo(dtype).eps * wanted.float().abs().amax(1, keepdim=True)
+    assert bool((near.abs() <= 1.01 * allowed).all())
 
 
 ROWS = {
