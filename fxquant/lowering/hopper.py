@@ -8,6 +8,11 @@ SHARED_LIMIT = 227 * 1024
 """Bytes of shared memory that one block may use."""
 
 
+CLUSTERED = {1: MULTIPROCESSORS, 2: MULTIPROCESSORS, 4: 120, 8: 104}
+"""Multiprocessors on which clusters of so many blocks, one to each, find places at once. (They may not cross
+from one group of 16 or 18 to another; on an H200 32 clusters of 4 took two turns, 14 of 8 too.)"""
+
+
 def taken(blocks: int, places: int = MULTIPROCESSORS) -> float:
     """The part of ``places`` that ``blocks`` take, on average over their waves."""
     return blocks / (-(-blocks // places) * places)
