@@ -39,8 +39,8 @@ def nearest(x):
 
 @jit
 def divided(x, y, FUSED: tl.constexpr):
-    """``x / y``, rounded once, for all quotients but subnormal ones: the product with the reciprocal, and what
-    is left of ``x``, exactly, times it again (Markstein 1990, IBM J. Res. Dev. 34)."""
+    """``x / y``, rounded once, for all quotients but subnormal ones: the product with the reciprocal, and
+    what is left of ``x``, exactly, times it again (Markstein 1990, IBM J. Res. Dev. 34)."""
     if FUSED:
         inverse = tl.math.div_rn(tl.full((), 1.0, tl.float32), y) + tl.zeros_like(x)
         y += tl.zeros_like(x)
@@ -95,7 +95,7 @@ def quantize_rows_kernel(
 
 
 FULL = 132
-"""Rows from which on all multiprocessors have one: then several, of few warps each, hide what one waits for."""
+"""Rows from which on all multiprocessors have one: several, of few warps each, hide what one waits for."""
 
 
 def warps_for(rows: int, block: int, gate: str) -> int:
