@@ -254,6 +254,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--schemes", default=",".join(NAMES))
     add("--shapes", default=",".join(f"{n}x{k}" for n, k in SHAPES), help="n x k of the weight")
     add("--rows", default=",".join(map(str, ROWS)))
+    add("--table", type=Path, help="a tuned table, in which to note the speeds that were found")
     add("--sanitize", action="store_true", help="run sanitize.py afterwards")
     args = parser.parse_args(argv)
     args.schemes = args.schemes.split(",")
@@ -267,6 +268,15 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     if any(len(shape) != 2 or min(shape) < 1 for shape in args.shapes) or min(args.rows) < 1:
         parser.error("--shapes are pairs like 4096x14336; sizes and --rows at least 1")
     return args
+
+
+def speeds(records: Sequence[Reading]) -> dict[str, list[list[float]]]:
+    """Of each layer in each scheme, over bfloat16, as a tuned table has them."""
+    found: dict[str, list[list[float]]] = defaultdict(list)
+    for r in (r for r in records if "us" in r):
+        speed = [r["m"], round(r["bf16_us"] / r["us"], 2)]
+        found[tuner.key(r["scheme"], r["n"], r["k"])].append(speed)
+    return dict(found)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -307,6 +317,9 @@ def main(argv: Sequence[str]) -> int:
     written()
     print(f"{report['gpu']}, torch {torch.__version__}, {report['seconds']}")
     print(short(report))
+    if args.table:
+        empty = {section: {} for section in tuner.SECTIONS}
+        tuner.save(empty | {"speeds": speeds(report["records"])}, args.table)
     signal.alarm(0)
     code = int(bool(defects(report["records"])))
     if args.sanitize:

@@ -126,7 +126,7 @@ def pipeline_cuts(scheme: Scheme, n: int, k: int, rows: int, widened: bool = Fal
     form = cuda_layout.format_of(scheme)
     form = form.taking(torch.bfloat16) if widened else form
     few = rows < cuda_cuts.BY_MODEL
-    tokens = (-(-rows // 16) * 16,) if few else range(32, min(-(-rows // 32) * 32, 256) + 1, 32)
+    tokens = (-(-rows // 16) * 16,) if few else cuda_cuts.token_counts(rows)
     found = cuda_cuts.cuts(form, n, k, rows, tokens)
     return found if few else found[:TRIED]
 
@@ -291,7 +291,8 @@ def best(readings: Iterable[Reading]) -> dict[str, dict[str, list[Any]]]:
         first, speeds = 0, table["speeds"].setdefault(key(scheme, n, k), [])
         for rows, found in itertools.groupby(group, lambda r: r.rows):
             fastest = list(found)
-            speeds.append([rows, round(fastest[0].bfloat16 / fastest[0].seconds, 2)])
+            if get_scheme(scheme).input is None:  # otherwise its quantization is not in the reading
+                speeds.append([rows, round(fastest[0].bfloat16 / fastest[0].seconds, 2)])
             if not kernels or kernels[-1][0] != fastest[0].kernel:
                 kernels.append([fastest[0].kernel, first])
             for section in sorted({c.section for c in CUTTERS.values()}):

@@ -320,6 +320,16 @@ def test_every_lane_arrives_for_racecheck_and_nothing_else_changes(monkeypatch):
     assert len(differ) == 2 and all("empty" in after for _, after in differ)
 
 
+def test_speeds_are_noted_as_a_table_has_them(kernels):
+    records = [
+        {"scheme": "int8dq", "n": 8, "k": 16, "m": m, "us": us, "bf16_us": 3.0}
+        for m, us in ((1, 2.0), (64, 4.0))
+    ]
+    records.append({"scheme": "int8dq", "n": 8, "k": 16, "m": 65, "failure": "none"})
+    found = kernels.speeds(records)
+    assert found == {"int8dq 8x16": [[1, 1.5], [64, 0.75]]}
+
+
 def test_clean_means_that_all_ran_and_nothing_was_said(sanitize):
     quiet = "=== case one\n=== done\n=== end\n========= RACECHECK SUMMARY: 0 hazards displayed\n"
     found = sanitize.parse(quiet) | {"code": 0}

@@ -136,6 +136,11 @@ BY_MODEL = 33
 """Rows from which on ``Cut.time`` tells cuts apart; below it is bytes that count, not products."""
 
 
+def token_counts(rows: int) -> Iterable[int]:
+    """Of a tile, up to one that holds all rows."""
+    return range(32, min(-(-rows // 32) * 32, 256) + 1, 32)
+
+
 def cuts(form: Format, n: int, k: int, rows: int, tokens: Iterable[int]) -> list[Cut]:
     """What fits, with as many stages as do and as many blocks as have a place at once where k is split;
     by ``Cut.time``, the shortest first."""
@@ -163,7 +168,7 @@ UNPROVEN = 1.15
 
 
 LIKE = sorted(8 * part << power for power in range(9) for part in (4, 5, 6, 7))
-"""Numbers of rows: those up to one are cut as it is."""
+"""Numbers of rows. All between two of these are cut as the larger: each cut is a kernel to compile."""
 
 PLAIN = (Cut(2, 2, 64, 128, 4), Cut(2, 1, 256, 64, 5), Cut(2, 2, 128, 128, 3), Cut(2, 1, 64, 64, 4))
 """One of them fits whatever k the needs let through."""
@@ -192,25 +197,26 @@ def _picked(
     cut = next(cut for cut in (*tuned, *plain) if cut.fits(form, k))
     if not is_measured(device, section, scheme.name, n, k):
         if rows >= BY_MODEL:
-            cut = _by_model(section, form, scheme, n, k, rows, device)
+            likely = next(most for most in itertools.chain(LIKE, (rows,)) if most >= rows)
+            cut = _by_model(section, form, scheme.family, n, k, likely, device)
         elif cut.busy(n, rows) < BUSY:
             cut = _spread(cut, form, n, k, rows)
     return evened(cut, rows)
 
 
+@remembered
 def _by_model(
-    section: str, form: Format, scheme: Scheme, n: int, k: int, rows: int, device: str
+    section: str, form: Format, family: str, n: int, k: int, rows: int, device: str
 ) -> Cut:
-    """What should take least time. Like numbers of rows are cut alike: each cut is a kernel to compile."""
-    likely = next(most for most in itertools.chain(LIKE, (rows,)) if most >= rows)
-    found = cuts(form, n, k, likely, range(32, min(likely, 256) + 1, 32))
-    proven = {_work_of(Cut(*shape)) for shape in proven_shapes(device, section, scheme.family)}
+    """What should take least time."""
+    proven = {_work_of(Cut(*shape)) for shape in proven_shapes(device, section, family)}
 
     def cost(cut: Cut) -> tuple[float, int]:
         doubt = 1 if _work_of(cut) in proven else UNPROVEN
-        return cut.time(n, likely) * doubt, -cut.rows * cut.tokens
+        return cut.time(n, rows) * doubt, -cut.rows * cut.tokens
 
-    return min(found, key=cost)  # of equal ones the first, whose step is the likeliest
+    # of equal ones the first, whose step is the likeliest
+    return min(cuts(form, n, k, rows, token_counts(rows)), key=cost)
 
 
 def _work_of(cut: Cut) -> tuple[int, ...]:

@@ -25,6 +25,7 @@ from .cuda_stream import (
     HALF,
     compile_linear,
     define_linear,
+    grouped,
     stream_holds,
     text_of,
     warpgroup_product,
@@ -105,9 +106,9 @@ def run(
 ) -> torch.Tensor:
     """One launch, cut as ``cut``: y[m, n] (of GATES [m, n / 2]) of contiguous x[m, k], x_scale and x_zero
     float32 [m]."""
-    form, (m, k) = format_of(scheme).taking(x.dtype), x.shape
-    per_row = packed[1]
-    w_scale, w_sum = (None, per_row) if form.x_zero else (per_row, None)
+    packing, (m, k) = format_of(scheme), x.shape
+    form, per_row = packing.taking(x.dtype), packed[1]
+    w_scale, w_sum = (None, per_row) if packing.x_zero else (per_row, None)
     device = x.device.index
     types = (x.dtype, dtype, None if bias is None else bias.dtype)
     call = compiled(form, cut, *types, epilogue, device)
@@ -202,7 +203,7 @@ def widened(q: Quantized, dtype: torch.dtype) -> torch.Tensor:
     needs=[
         *COMMON,
         activations_in(torch.bfloat16),
-        stream_holds,
+        grouped,
         multiple_of("k", 64),
         input_is("int"),
     ],

@@ -16,11 +16,13 @@ TYPICAL_ROWS = (1, 16, 256, 2048)
 
 @dataclass(frozen=True)
 class Choice:
-    """The kernels for one linear: ``steps`` are (kernel, first M); ``refused`` says why not others."""
+    """The kernels for one linear: ``steps`` are (kernel, first M), measured or by their cost; ``refused``
+    says why not others."""
 
     layout: Layout
     steps: tuple[tuple[Kernel, int], ...]
     refused: dict[str, str]
+    measured: bool = False
 
     def at(self, rows: int) -> Kernel:
         """The kernel for this number of rows."""
@@ -52,7 +54,8 @@ def _select(whole: Problem) -> Choice:
         by_layout.setdefault(kernel.layout.name, []).append(kernel)
     if tuned := _tuned(whole, usable):
         kernels = [k for k, _ in tuned]
-        return Choice(kernels[0].layout, tuple(tuned), refused | _not_chosen(usable, kernels))
+        others = _not_chosen(usable, kernels)
+        return Choice(kernels[0].layout, tuple(tuned), refused | others, measured=True)
     fallback = KERNELS[FALLBACK]
     if whole.scheme.input is None:  # it unpacks any layout
         for kernels in by_layout.values():

@@ -94,19 +94,13 @@ def quantize_rows_kernel(
     tl.store(codes + row * K + at, found.to(codes.dtype.element_ty), inside)
 
 
-FULL = 132
-"""Rows from which on all multiprocessors have one: several, of few warps each, hide what one waits for."""
-
-
-def warps_for(rows: int, block: int, gate: str) -> int:
-    """Of a program. (2048 rows on an H200, 4 to 32 warps: of 4096 values 9.1, 10.1, 13.1 and 20.8 us; of
-    14336 35.1, 30.3, 34.6 and 36.7. A gate holds two rows.)"""
-    if rows < FULL:
-        return min(max(block // 512, 4), 32)
-    return 4 if block <= 4096 else GATED_WARPS if gate else 8
-
-
-GATED_WARPS = 16
+def warps_for(rows: int, values: int, units: int) -> int:
+    """Of a program that holds ``values``. Where every multiprocessor has a row, several programs of few warps
+    hide what one waits for. (2048 rows on an H200, 4 to 32 warps: of 4096 values 9.1, 10.1, 13.1 and 20.8 us;
+    of 14336, held as 16384, 35.1, 30.3, 34.6 and 36.7.)"""
+    if rows < units:
+        return min(max(values // 512, 4), 32)
+    return 4 if values <= 4096 else min(max(values // 2048, 8), 32)
 
 
 def _fake(x: torch.Tensor, scheme: str, gate: str = "") -> list[torch.Tensor]:
@@ -127,13 +121,14 @@ def quantize_rows(x: torch.Tensor, scheme: str, gate: str = "") -> list[torch.Te
             codes = codes.float()
         half = FLOAT8_LARGEST if spec.dtype.is_floating_point else (INT8.max - INT8.min) / 2
         block = max(1 << (k - 1).bit_length(), 16)
+        units = device_row(x.device).units
         with torch.cuda.device_of(x):
             quantize_rows_kernel[(rows,)](
                 x.contiguous(), codes, scale, found[-1], k,
                 INVERSE=1 / half, ASYMMETRIC=spec.mapping == "asymmetric",
                 FLOAT8=spec.dtype.is_floating_point, BLOCK=block, SMALLEST=SMALLEST, LARGEST=LARGEST,
                 GATE=GATES.get(gate, ""), FUSED=not INTERPRET,
-                num_warps=warps_for(rows, block, gate), enable_fp_fusion=False,
+                num_warps=warps_for(rows, block * (2 if gate else 1), units), enable_fp_fusion=False,
             )  # fmt: skip
         found[0] = codes.to(spec.codes_dtype)
     return found

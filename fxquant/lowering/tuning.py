@@ -101,6 +101,10 @@ def tuned_kernels(device: str, scheme: str, family: str, n: int, k: int) -> list
     return [(name, first) for name, first in table[near[0]]] if near else []
 
 
+LEAST = 0.95
+"""Readings repeat within so much: what is nearer to bfloat16's speed is not called slower."""
+
+
 def slower(device: str, scheme: str, family: str, n: int, k: int, rows: int | None) -> str:
     """At which numbers of rows the scheme is slower than bfloat16 on this layer, or the likest one measured,
     in words: at the one nearest to ``rows``, or at any. Empty where it is not, or where nobody knows."""
@@ -111,7 +115,7 @@ def slower(device: str, scheme: str, family: str, n: int, k: int, rows: int | No
     readings = table[near[0]]
     if rows is not None:
         readings = [min(readings, key=lambda r: abs(math.log(r[0] / max(rows, 1))))]
-    found = ", ".join(f"{speed:.2f}x at {count}" for count, speed in readings if speed < 1)
+    found = ", ".join(f"{speed:.2f}x at {count}" for count, speed in readings if speed < LEAST)
     there = near[0].partition(" ")[2]
     return f"slower than bfloat16 ({found} rows, measured on {there})" if found else ""
 

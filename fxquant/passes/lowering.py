@@ -32,8 +32,7 @@ from ..scheme import get_scheme
 from .base import Pass
 from .expansion import expand
 from .folding import fold, folds
-from .fusion import only_user
-from .gates import gate_of
+from .gates import gate_of, made_for_one
 
 aten = torch.ops.aten
 ops = torch.ops.fxquant
@@ -49,9 +48,10 @@ def lower(*, strict: bool = False) -> Pass:
         packed: dict[Any, list[fx.Node]] = {}
         bodies: dict[Any, fx.GraphModule] = {}
         nodes = gm.graph.find_nodes(op="call_function", target=ops.linear.default)
+        gated = made_for_one(gm)
         for node in nodes:
             if node.args[1] in constant:
-                _lower_one(gm, node, packed, bodies, strict)
+                _lower_one(gm, node, packed, bodies, strict, node in gated)
         gm.meta["fxquant_expand"] = expand
         fold(gm)
         return bool(nodes)
@@ -82,6 +82,7 @@ def _lower_one(
     packed: dict[Any, list[fx.Node]],
     bodies: dict[Any, fx.GraphModule],
     strict: bool,
+    gated: bool,
 ) -> None:
     a = LinearArguments(*node.args)
     problem = problem_of(node)
@@ -101,10 +102,11 @@ def _lower_one(
             packed[key] = [
                 emit(graph, node, operator.getitem, bundle, i) for i in range(len(value(bundle)))
             ]
-        rows, codes = _codes(graph, node, problem, a)
+        source, gate = gate_of(a.x) if gated else (a.x, "")  # type: ignore[misc]
+        rows, codes = _codes(graph, node, problem, a, source, gate)
         args = (rows, codes, packed[key], bias, a.epilogue)
         result = _call(gm, node, choice, problem, bodies, *args)
-        shape = [*_sizes(graph, node, a.x), outputs(problem.n, a.epilogue)]
+        shape = [*_sizes(graph, node, source), outputs(problem.n, a.epilogue)]
         out = emit(graph, node, aten.reshape.default, result, shape)
     replace(node, out)
 
@@ -182,30 +184,28 @@ def _call(
 
 
 def _codes(
-    graph: fx.Graph, node: fx.Node, problem: Problem, a: LinearArguments
+    graph: fx.Graph,
+    node: fx.Node,
+    problem: Problem,
+    a: LinearArguments,
+    source: fx.Node,
+    gate: str,
 ) -> tuple[fx.Node, list[fx.Node]]:
     """The rows of ``a.x``, and they quantized, which ``expand`` writes out for Inductor; nothing where they
-    stay float. What a gate makes for this linear alone is quantized as it is made: the codes stand for the
-    rows, as they do for those of a static input, whose one scale stands for that of every row."""
-    spec = problem.scheme.input
-    found = gate_of(a.x) if spec is not None and a.x_scale is None else None
-    if found is not None and only_user(a.x) is node:
-        whole, gate = found
-        rows = emit(graph, node, aten.reshape.default, whole, [-1, 2 * problem.k])
-        codes = _quantized(graph, node, rows, problem.scheme.name, "input", gate)
-        return codes[0], codes
-    rows = emit(graph, node, aten.reshape.default, a.x, [-1, problem.k])
-    if spec is None:
+    stay float. What ``gate`` makes of ``source`` is quantized as it is made: the codes stand for the rows, as
+    they do for those of a static input, whose one scale stands for that of every row."""
+    width = 2 * problem.k if gate else problem.k
+    rows = emit(graph, node, aten.reshape.default, source, [-1, width])
+    if problem.scheme.input is None:
         return rows, []
     if a.x_scale is not None:
         shape = [*_sizes(graph, node, rows), 1]
         return rows, [rows, emit(graph, node, aten.expand.default, a.x_scale, shape)]
-    return rows, _quantized(graph, node, rows, problem.scheme.name, "input")
-
-
-def _quantized(graph: fx.Graph, node: fx.Node, *args: Any) -> list[fx.Node]:
-    found = emit(graph, node, ops.quantize.default, *args)
-    return [emit(graph, node, operator.getitem, found, i) for i in range(len(value(found)))]
+    found = emit(
+        graph, node, ops.quantize.default, rows, problem.scheme.name, "input", *[gate] * bool(gate)
+    )
+    codes = [emit(graph, node, operator.getitem, found, i) for i in range(len(value(found)))]
+    return (codes[0] if gate else rows), codes
 
 
 def _report(gm: fx.GraphModule, node: fx.Node, problem: Problem, choice: Choice) -> None:
@@ -219,6 +219,12 @@ def _report(gm: fx.GraphModule, node: fx.Node, problem: Problem, choice: Choice)
         layer.kernel = kernel
         layer.rows = str(problem.m if problem.m is not None else "dynamic")
         layer.refused = dict(choice.refused)
-        layer.slower = slower(
-            problem.device.name, problem.scheme.name, problem.scheme.family, problem.n, problem.k, problem.m
-        )  # fmt: skip
+        layer.slower = _slower(problem, choice, get_scheme(layer.scheme).static)
+
+
+def _slower(problem: Problem, choice: Choice, static: bool) -> str:
+    """Readings are of the kernels that were measured, in bfloat16; a static input is quantized elsewhere."""
+    if static or not choice.measured or problem.dtype != torch.bfloat16:
+        return ""
+    row, shape = problem.scheme, (problem.n, problem.k)
+    return slower(problem.device.name, row.name, row.family, *shape, problem.m)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+
+import pytest
+
 import fxquant
 from fxquant import tuner
-from fxquant.lowering import cuda_cuts, nvrtc, tuning
+from fxquant.lowering import cuda_cuts, cuda_layout, nvrtc, tuning
 from fxquant.lowering.select import select
 from fxquant.lowering.tuning import (
     forget,
@@ -13,6 +17,7 @@ from fxquant.lowering.tuning import (
     slower,
     tuned_kernels,
     tuned_shapes,
+    tuned_table,
 )
 from fxquant.scheme import get_scheme
 from tests.lowering.test_cuda_kernels import HOPPER, problem
@@ -70,29 +75,71 @@ def test_a_device_without_a_table_takes_its_kins():
     assert kernels == tuned_kernels(ours, "int4wo-64", "w4a16", 4096, 4096)
 
 
-def test_cuts_that_were_the_fastest_somewhere_are_known_by_family():
-    proven = proven_shapes("NVIDIA H200", "pipelines", "w4a16")
-    assert proven and set(
-        tuned_shapes("NVIDIA H200", "pipelines", "int4wo-64", "w4a16", 4096, 4096, 256)
-    ) <= {*proven}
-    assert all(len(shape) == len(cuda_cuts.Cut._fields) for shape in proven)
-    assert proven_shapes("some other", "pipelines", "w4a16") == ()
+def test_cuts_that_were_the_fastest_somewhere_are_known_by_family(monkeypatch):
+    few, many = [2, 1, 64, 256, 4, 1, 1], [2, 1, 256, 64, 5, 1, 1]
+    cuts = {
+        "int4wo-64 64x64": [[33, few]],
+        "int4wo-128 8x8": [[0, many], [9, few]],
+        "int8wo 8x8": [],
+    }
+    table = {section: {} for section in tuning.SECTIONS} | {"pipelines": cuts}
+    monkeypatch.setattr(tuning, "tuned_table", lambda device: table)
+    assert proven_shapes("other", "pipelines", "w4a16") == (tuple(few), tuple(many))
+    assert proven_shapes("other", "pipelines", "w8a16") == ()
+    forget()
+
+
+@pytest.mark.parametrize("rows", [33, 40, 64, 72, 80, 112, 160, 300, 2048])
+@pytest.mark.parametrize("n, k", [(20480, 5120), (10240, 2560), (7168, 5120), (1024, 1024)])
+def test_the_model_picks_what_it_thinks_the_fastest(n, k, rows):
+    """Within what it distrusts unproven cuts by, and what is lost by cutting like numbers of rows alike."""
+    form = cuda_layout.format_of(get_scheme("int4wo-64"))
+    tokens = cuda_cuts.token_counts(rows)
+    best = min(cut.time(n, rows) for cut in cuda_cuts.cuts(form, n, k, rows, tokens))
+    for device in ("NVIDIA H200", "another"):
+        cut = cuda_cuts.cut_for(get_scheme("int4wo-64"), n, k, rows, device)
+        assert cut.fits(form, k)
+        assert cut.time(n, rows) <= 1.01 * cuda_cuts.UNPROVEN * 1.2 * best
+
+
+def test_a_proven_cut_is_preferred_to_one_that_is_little_faster():
+    scheme = get_scheme("int4wo-64")
+    proven = {(*s[:3], s[5]) for s in proven_shapes("NVIDIA H200", "pipelines", "w4a16")}
+    cut = cuda_cuts._picked(
+        "pipelines", cuda_layout.format_of(scheme), scheme, 9216, 4096, 256, "NVIDIA H200"
+    )
+    assert (*cut[:3], cut[5]) in proven
+
+
+def test_clusters_do_not_find_places_everywhere():
+    cut = cuda_cuts.Cut(2, 1, 128, 128, 4)
+    assert cut._replace(splits=4).waves(4096, 128) == 2, "32 clusters of 4 blocks"
+    assert cut._replace(splits=2).waves(4096, 128) == 1
+    assert cut._replace(splits=8).waves(896, 256) == 2, "14 clusters of 8 blocks"
+
+
+@pytest.mark.parametrize("key", sorted(tuned_table("NVIDIA H200")["kernels"]))
+def test_what_is_shipped_says_how_fast_it_is(key):
+    speeds = tuned_table("NVIDIA H200")["speeds"]
+    assert key in speeds and {rows for rows, _ in speeds[key]} >= {1, 16, 64, 129, 2048}
 
 
 def test_what_is_slower_than_bfloat16_is_told(monkeypatch):
-    speeds = {"int4wo-64 4096x4096": [[1, 2.9], [129, 0.83], [2048, 0.97]]}
+    speeds = {"int4wo-64 4096x4096": [[1, 2.9], [129, 0.83], [256, 0.97], [2048, 0.9]]}
     table = {section: {} for section in tuning.SECTIONS} | {"speeds": speeds}
     monkeypatch.setattr(tuning, "tuned_table", lambda device: table)
 
     def told(n, rows, scheme="int4wo-64"):
         return slower("some", scheme, "w4a16", n, 4096, rows)
 
-    everywhere = "slower than bfloat16 (0.83x at 129, 0.97x at 2048 rows, measured on 4096x4096)"
+    everywhere = "slower than bfloat16 (0.83x at 129, 0.90x at 2048 rows, measured on 4096x4096)"
     assert told(4096, None) == told(6144, None) == everywhere
     assert told(4096, 1) == told(4096, 8) == "", "one row is the nearest"
+    assert told(4096, 256) == "", "within what readings repeat"
     assert "0.83x at 129 rows" in told(4096, 100) and "2048" not in told(4096, 100)
     assert told(128, 129) == "", "no layer like it was measured"
     assert told(4096, 129, "int4wo-128") == "", "another scheme"
+    forget()
     layer = fxquant.graph.Layer(name="up", scheme="int4wo-64", slower=everywhere)
     report = fxquant.report.Report((layer,), 1)
     assert everywhere in report.reasons("up") and "0.83x" in str(report)
@@ -104,6 +151,8 @@ def test_the_speeds_of_readings_are_kept():
         for rows, kernel, seconds in [(1, "a", 0.5), (1, "b", 2.0), (64, "b", 4.0)]
     ]
     assert tuner.best(readings)["speeds"] == {"int4wo-64 64x64": [[1, 2.0], [64, 0.25]]}
+    coded = [dataclasses.replace(r, scheme="int8dq") for r in readings]
+    assert tuner.best(coded)["speeds"] == {}, "their quantization is not in the readings"
 
 
 def test_few_cuts_serve_all_numbers_of_rows():
