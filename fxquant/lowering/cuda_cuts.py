@@ -175,9 +175,9 @@ PLAIN = (Cut(2, 2, 64, 128, 4), Cut(2, 1, 256, 64, 5), Cut(2, 2, 128, 128, 3), C
 
 
 def cut_for(scheme: Scheme, n: int, k: int, rows: int, device: str) -> Cut:
-    """The cut for this many rows: measured for this layer; or the one which ``Cut.time`` says is the fastest,
-    or, of few rows, that of the likest layer; or a plain one. Its tiles have no more tokens than an even
-    share of the rows asks for."""
+    """The cut for this many rows: measured for this layer, with tiles that suit them; or the one which
+    ``Cut.time`` says is the fastest, or, of few rows, that of the likest layer; or a plain one. Its tiles
+    have no more tokens than an even share of the rows asks for."""
     return _picked("pipelines", format_of(scheme), scheme, n, k, rows, device)
 
 
@@ -195,12 +195,12 @@ def _picked(
     tuned = (Cut(*measured) for measured in found)
     plain = sorted(PLAIN, key=lambda cut: abs(cut.tokens - rows))
     cut = next(cut for cut in (*tuned, *plain) if cut.fits(form, k))
-    if not is_measured(device, section, scheme.name, n, k):
-        if rows >= BY_MODEL:
-            likely = next(most for most in itertools.chain(LIKE, (rows,)) if most >= rows)
-            cut = _by_model(section, form, scheme.family, n, k, likely, device)
-        elif cut.busy(n, rows) < BUSY:
-            cut = _spread(cut, form, n, k, rows)
+    known = is_measured(device, section, scheme.name, n, k)
+    if rows >= BY_MODEL and not (known and evened(cut, rows) == cut):
+        likely = next(most for most in itertools.chain(LIKE, (rows,)) if most >= rows)
+        cut = _by_model(section, form, scheme.family, n, k, likely, device)
+    elif not known and cut.busy(n, rows) < BUSY:
+        cut = _spread(cut, form, n, k, rows)
     return evened(cut, rows)
 
 
