@@ -19,14 +19,11 @@ from ..scheme import Quantized, Scheme
 from . import nvrtc
 from .cuda_cuts import Cut, cut_for, widened_cut_for
 from .cuda_layout import STREAM, Format, format_of
+from .cuda_needs import COMMON, HALF, grouped, stream_holds
 from .cuda_stream import (
-    COMMON,
     FINISHES,
-    HALF,
     compile_linear,
     define_linear,
-    grouped,
-    stream_holds,
     text_of,
     warpgroup_product,
 )

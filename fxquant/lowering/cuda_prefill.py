@@ -16,7 +16,8 @@ from ..scheme import get_scheme
 from . import nvrtc
 from .cost import roofline
 from .cuda_layout import STREAM, TILE, Format, format_of
-from .cuda_stream import CODE, COMMON, HALF, Shape, defines, stream_holds, text_of
+from .cuda_needs import COMMON, HALF, stream_holds
+from .cuda_stream import CODE, Shape, defines, text_of
 from .kernel import Problem, kernel
 from .triton_launch import LIBRARY, weight_bytes
 

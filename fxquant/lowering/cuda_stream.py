@@ -18,12 +18,20 @@ import torch
 from ..ops import GATES, outputs
 from ..scheme import Scheme, get_scheme
 from . import nvrtc
-from .cuda_layout import BLOCK, STREAM, TILE, Format, format_of
+from .cuda_layout import STREAM, TILE, Format, format_of
+from .cuda_needs import ANY_FLOAT, COMMON, HALF, grouped
 from .dequantize import LAYOUT as ROW_MAJOR
 from .devices import device_row
 from .hopper import SHARED_LIMIT, taken
-from .kernel import Problem, activations_in, has_feature, kernel, multiple_of
-from .triton_launch import EPILOGUES, LIBRARY, estimate, input_is, k_at_most, weight_is
+from .kernel import Problem, kernel
+from .triton_launch import (
+    EPILOGUES,
+    LIBRARY,
+    estimate,
+    input_is,
+    k_at_most,
+    weight_is,
+)
 from .tuning import is_measured, remembered, tuned_shapes
 
 CODE = {torch.bfloat16: 1, torch.float16: 2, torch.float32: 3}
@@ -281,33 +289,6 @@ def define_linear(name: str, pick: Callable[..., Any], run: Callable[..., torch.
 define_linear("stream_linear", shape_for, run)
 
 
-def compiles(p: Problem) -> str | None:
-    return nvrtc.refusal()
-
-
-GROUPS = (32, 64, 128, 256)
-
-
-def grouped(p: Problem) -> str | None:
-    """Groups that the stream holds, which divide k."""
-    size = p.scheme.weight.group_size
-    if size not in GROUPS or p.scheme.weight.scale_dtype != torch.bfloat16:
-        return f"takes groups of {', '.join(map(str, GROUPS))} with bfloat16 scales, not {size}"
-    return None if p.k % size == 0 else f"k = {p.k} is not a multiple of group_size {size}"
-
-
-def stream_holds(p: Problem) -> str | None:
-    """The weight is of a form that the stream has."""
-    w = p.scheme.weight
-    if w.granularity == "channel":
-        return None if w.zero_point_domain == "none" else "takes no zero points per channel"
-    return grouped(p)
-
-
-HALF = activations_in(torch.bfloat16, torch.float16)
-ANY_FLOAT = activations_in(torch.bfloat16, torch.float16, torch.float32)
-COMMON = (compiles, has_feature("hopper"), multiple_of("k", BLOCK))
-
 RATES = {
     # family: (fraction of the bandwidth, operand type, fraction of its peak), 28672 x 4096 on an H200
     "w4a16": (0.75, "bfloat16", 0.7),
@@ -353,7 +334,7 @@ def cuda_w4a16(scheme, x, packed, bias, epilogue):
     cost=cost,
     needs=[*COMMON, HALF, weight_is("channel", "none")],
     epilogues=FINISHES,
-    faults=[{"dtype": torch.float32}, {"k": 40}],
+    faults=[{"dtype": torch.float32}, {"k": 40}, {"n": 1 << 20}],
 )
 def cuda_w8a16(scheme, x, packed, bias, epilogue):
     n = packed[1].numel()
