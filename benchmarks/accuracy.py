@@ -22,6 +22,7 @@ import fnmatch
 import logging
 import math
 import platform
+import signal
 import time
 from collections.abc import Sequence
 from importlib import metadata
@@ -52,16 +53,28 @@ def rows_for(subject: str, patterns: Sequence[str]) -> list[Contender]:
     ]
 
 
+def let_be_ended(args: argparse.Namespace) -> Any:
+    """SIGTERM ends the row that is being measured and lets no other begin: what there is will be saved. A
+    second one ends the process. Returns what answered to it before."""
+
+    def ended(*_: Any) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        args.deadline = -math.inf
+        raise TimeoutError("ended from outside")
+
+    return signal.signal(signal.SIGTERM, ended)
+
+
 def readings(
-    subject: Subject, rows: Sequence[Contender], label: str, deadline: float = math.inf
+    subject: Subject, rows: Sequence[Contender], label: str, args: argparse.Namespace
 ) -> tuple[dict[str, np.ndarray], dict[str, str], dict[str, float]]:
     """Losses [measures, items] by row, what failed with its message, and seconds. None but the
-    float ones begins after the ``deadline`` (of ``time.perf_counter``)."""
+    float ones begins after ``args.deadline`` (of ``time.perf_counter``)."""
     found, failed, seconds = {}, {}, {}
     progress = tqdm(rows, desc=label)
     for row in progress:
         progress.set_postfix_str(row.name)
-        if (started := time.perf_counter()) > deadline and row.library != "float":
+        if (started := time.perf_counter()) > args.deadline and row.library != "float":
             failed[row.name] = "no time was left for it"
             continue
         try:
@@ -86,7 +99,7 @@ def run(args: argparse.Namespace, name: str) -> tuple[dict[str, Losses], dict[st
     for seed in args.seeds:
         subject = SUBJECTS[name](args, seed)
         rows = rows_for(name, args.schemes)
-        mine, wrong, took = readings(subject, rows, f"{name}, seed {seed}", args.deadline)
+        mine, wrong, took = readings(subject, rows, f"{name}, seed {seed}", args)
         for row, losses in mine.items():
             values.setdefault(row, []).append(losses)
         failed |= {row: f"{why} (seed {seed})" for row, why in wrong.items()}
@@ -152,6 +165,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
+    before = let_be_ended(args)
     logging.getLogger("fxquant").setLevel(logging.ERROR)  # every row would say what is not smoothed
     started = time.perf_counter()
     models = min(args.settings.models, len({s % args.settings.models for s in args.seeds}))
@@ -175,6 +189,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         ]
         report["seconds"] = round(time.perf_counter() - started, 1)
         save(report, args.out, f"accuracy_{device().type}")  # what is measured is not lost
+    signal.signal(signal.SIGTERM, before)
     print(page(report))
     print(f"took {report['seconds']:.0f} s")
 

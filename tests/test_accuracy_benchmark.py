@@ -6,6 +6,7 @@ import dataclasses
 import importlib
 import json
 import math
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -350,6 +351,28 @@ def test_without_time_the_float_rows_alone_are_measured(parts, untrained, tmp_pa
     for found in (subjects["plain"], subjects["outliers"]):
         assert [row["name"] for row in found["rows"]] == ["float32", "bf16"]
         assert found["failed"] == {"int8wo": "no time was left for it (seed 0)"}
+
+
+def test_what_was_measured_is_saved_when_it_is_ended(parts, untrained, tmp_path, monkeypatch):
+    """As ``timeout`` ends it: in the second of three rows."""
+    plain = parts.main.convert
+
+    def convert(row, calibration):
+        if row.name == "int8dq":
+            signal.raise_signal(signal.SIGTERM)
+        return plain(row, calibration)
+
+    monkeypatch.setattr(parts.main, "convert", convert)
+    before = signal.getsignal(signal.SIGTERM)
+    parts.main.main(
+        ["--subjects", "plain", "--seeds", "0", "--size", "small", "--out", str(tmp_path),
+         "--schemes", "int8wo", "int8dq", "fp8wo"]
+    )  # fmt: skip
+    assert signal.getsignal(signal.SIGTERM) == before
+    found = json.loads((tmp_path / "accuracy_cpu.json").read_text())["subjects"]["plain"]
+    assert [row["name"] for row in found["rows"]] == ["float32", "bf16", "int8wo"]
+    assert "ended from outside" in found["failed"]["int8dq"]
+    assert "no time was left" in found["failed"]["fp8wo"]
 
 
 def test_rows_for_cuda_are_left_out_without_it(parts):
