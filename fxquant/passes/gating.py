@@ -21,8 +21,7 @@ def gate(gm: fx.GraphModule) -> bool:
     """``act(gate) * up`` of a merged ``fxquant.linear`` (SwiGLU, Shazeer 2020, arXiv 2002.05202) is made by
     the linear itself, where every kernel that may run for it can: the two halves are never written.
 
-    The first of the two linears must be the one with the activation, and as wide as the other in whole
-    tiles of channels.
+    The activation must be the first half's (``merge`` sees to that), and both halves whole tiles of channels.
     """
     changed = False
     for product in gm.graph.find_nodes(op="call_function", target=aten.mul.Tensor):

@@ -25,6 +25,7 @@ from ..graph import (
 from ..inductor import HigherOrderOperator, Regions
 from .base import rewrites
 from .folding import folds
+from .fusion import activation_of, only_user
 
 aten = torch.ops.aten
 ops = torch.ops.fxquant
@@ -84,6 +85,7 @@ def _merge(gm: fx.GraphModule, nodes: list[fx.Node]) -> list[fx.Node]:
         for arg in node.args[1:5]:
             if isinstance(arg, fx.Node):
                 move_before(first, arg)
+    nodes = sorted(nodes, key=_is_activated, reverse=True)  # ``gate`` wants that half first
     sizes = [value(n).shape[-1] for n in nodes]
     with gm.graph.inserting_before(first):
         parts = [_column(gm, first, nodes, i) for i in (1, 2, 3)]
@@ -101,6 +103,11 @@ def _merge(gm: fx.GraphModule, nodes: list[fx.Node]) -> list[fx.Node]:
         gm.graph.erase_node(node)
         layers(gm)[name].merged = names
     return pieces
+
+
+def _is_activated(node: fx.Node) -> bool:
+    user = only_user(node)
+    return user is not None and activation_of(user) is not None
 
 
 def _column(gm: fx.GraphModule, like: fx.Node, nodes: list[fx.Node], i: int) -> fx.Node | None:
