@@ -74,7 +74,7 @@ def test_static_schemes_compile_and_are_right(scheme, smooth, dtype):
         assert sqnr(y, model(x)) > min(SCHEMES[scheme].sqnr, 30) - 6
 
 
-@pytest.mark.parametrize("scheme", ["int8dq", "int4wo-64"])
+@pytest.mark.parametrize("scheme", ["int8dq", "fp8dq", "8da4w-32", "int4wo-64"])
 @torch.no_grad()
 def test_changing_rows_make_at_most_two_graphs(scheme):
     model = Block(256).cuda().bfloat16().requires_grad_(False).eval()
