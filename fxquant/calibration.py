@@ -19,7 +19,7 @@ import torch
 from torch import fx, nn
 from tqdm import tqdm
 
-from .capture import NAMES, clean, from_dynamo
+from .capture import NAMES, clean, evaluating, from_dynamo
 from .config import DEFAULT_SCHEME
 from .errors import CaptureFailed, InvalidOption, NonFiniteStatistics, NothingObserved
 from .graph import Layer, layers, parameters
@@ -54,13 +54,15 @@ def calibrate(
     DataLoader is such an iterable. scheme, or recipe (one of them): a scheme's name or whatever else
     ``Recipe.of`` takes: which layers will be quantized, and so must be reached; int8dq unless given.
     kinds: what to observe, see Stats. compiled: with Inductor, else the observed graphs run node by node.
-    Outputs are dropped; training mode, parameters and buffers are the caller's.
+    Outputs are dropped. The model runs in eval mode, whatever its own, and is left as it was; a buffer that
+    it writes to even so is the caller's.
 
     Raises NothingObserved without a batch or a reached layer, NonFiniteStatistics, InvalidOption; layers
     never reached are in ``Stats.missed`` and in a warning.
     """
     refuse_single(batches)
-    with Calibration(model, scheme, recipe=recipe, kinds=kinds, compiled=compiled) as stats:
+    within = Calibration(model, scheme, recipe=recipe, kinds=kinds, compiled=compiled)
+    with evaluating(model), within as stats:
         count = 0
         for count, batch in enumerate(tqdm(batches, desc="calibrate", disable=not progress), 1):
             args, kwargs = arguments(batch)
@@ -96,7 +98,8 @@ class Calibration:
         with fxquant.Calibration(model) as stats:
             model.generate(...)
 
-    Compiled graphs run without gradients. On leaving, calls of ``model`` are what they were. Raises
+    Compiled graphs run without gradients. The mode is the code's own; a warning says where a part of the
+    model is in train mode. On leaving, calls of ``model`` are what they were. Raises
     what ``calibrate`` raises, on leaving without another error.
     """
 
@@ -119,6 +122,10 @@ class Calibration:
         self.compiled = compiled
 
     def __enter__(self) -> Stats:
+        training = [name for name, module in self.model.named_modules() if module.training]
+        if training:
+            names = ", ".join(name or "the model" for name in training[:3])
+            log.warning("observed in train mode, with dropout and statistics of batches: %s", names)
         NAMES.add(self.model)
         self._within = self._observing()
         self._within.__enter__()

@@ -18,6 +18,20 @@ from .graph import note, parameters
 from .inductor import example_values, is_persistent, retrace, source_name
 
 
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Within, what is seen is the model of inference: no dropout, no statistics of batches. By the flags
+    alone: ``eval()`` of a model may do more, such as merge adapters."""
+    training = [module for module in model.modules() if module.training]
+    try:
+        for module in training:
+            module.training = False
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
 class _Names:
     """Names in the user's model, by identity: of parameters and buffers, and of modules.
 

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from .backend import linears_of
 from .calibration import arguments, refuse_single
+from .capture import evaluating
 from .conversion import check_fits, planned, weight_of
 from .errors import (
     GroupSizeMismatch,
@@ -73,7 +74,7 @@ def sensitivity(
     kept = list(batches)
     if not kept:
         raise NothingObserved(reason="there was no batch")
-    with torch.no_grad(), _evaluating(model), _noting_calls(subjects) as called:
+    with torch.no_grad(), evaluating(model), _uncompiled(model), _noting_calls(subjects) as called:
         trial = _Trial(model, kept, loss)
         reached = [subject for subject in subjects if id(subject.module) in called]
         if not reached:
@@ -242,20 +243,14 @@ def _ratio(error: float, energy: float) -> float:
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode by the flags alone: ``eval()`` of a model may do more, such as merge adapters. What
-    ``Module.compile`` has compiled runs eagerly."""
-    training = [module for module in model.modules() if module.training]
+def _uncompiled(model: nn.Module) -> Iterator[None]:
+    """What ``Module.compile`` has compiled runs eagerly."""
     compiled = {m: m._compiled_call_impl for m in model.modules() if m._compiled_call_impl}
     try:
-        for module in training:
-            module.training = False
         for module in compiled:
             module._compiled_call_impl = None
         yield
     finally:
-        for module in training:
-            module.training = True
         for module, call in compiled.items():
             module._compiled_call_impl = call
 

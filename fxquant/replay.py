@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import fx, nn
 from torch.fx.node import map_arg
 
-from .capture import NAMES, from_dynamo
+from .capture import NAMES, evaluating, from_dynamo
 from .errors import CaptureFailed, FxQuantError
 from .graph import constants, fetch, parameters, written
 from .inductor import DynamoError, Regions, calling, tree_flatten, tree_map, tree_unflatten
@@ -55,8 +55,8 @@ def record(
 ) -> Iterator[tuple[Recording, Values]]:
     """For each call of ``model`` its graph, and the values of those inputs that are no parameters.
 
-    Nothing is computed. Calls whose graphs are one share a Recording. Raises CaptureFailed where the
-    model is not one graph.
+    Nothing is computed; the graphs are those of eval mode. Calls whose graphs are one share a Recording.
+    Raises CaptureFailed where the model is not one graph.
     """
     found: list[tuple[Recording, Values]] = []
 
@@ -76,7 +76,8 @@ def record(
 
         return call
 
-    with calling(model, backend, whole=True), NAMES.rooted(model), torch.no_grad():
+    observed = calling(model, backend, whole=True)
+    with evaluating(model), observed, NAMES.rooted(model), torch.no_grad():
         for args, kwargs in calls:
             found.clear()
             try:

@@ -155,15 +155,24 @@ def test_around_generate():
 
 
 @pytest.mark.parametrize("training", [False, True])
-def test_training_mode_is_the_callers(training):
-    model = nn.Sequential(nn.Linear(8, 64), nn.Dropout(0.5), nn.Linear(64, 8)).train(training)
-    x = torch.randn(16, 8)
+def test_the_model_of_inference_is_observed(training, caplog):
+    """No dropout, and running statistics as they are; the model's mode is what it was."""
+    layers = nn.Linear(8, 64), nn.BatchNorm1d(64), nn.Dropout(0.5), nn.Linear(64, 8)
+    model, x = nn.Sequential(*layers).train(training), torch.randn(16, 8)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
     kinds = {"input": ["sample"], "output": ["minmax"]}
     stats = fxquant.calibrate(model, [x], kinds=kinds, compiled=False, progress=False)
-    dropped = (stats["2:input"]["sample"].rows == 0).double().mean()
-    assert (0.4 < dropped < 0.6) if training else dropped == 0
+    assert "train mode" not in caplog.text and not (stats["3:input"]["sample"].rows == 0).any()
     assert all(module.training is training for module in model.modules())
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     assert all(p.requires_grad and p.grad is None for p in model.parameters())
+    with torch.no_grad(), fxquant.Calibration(model, kinds=kinds, compiled=False) as own:
+        model(x)
+    dropped = (own["3:input"]["sample"].rows == 0).double().mean()
+    assert (0.4 < dropped < 0.6) if training else dropped == 0, (
+        "around the user's code: its own mode"
+    )
+    assert ("in train mode" in caplog.text) == training
 
 
 @pytest.mark.parametrize(

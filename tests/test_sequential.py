@@ -92,6 +92,18 @@ def test_buffers_that_the_model_writes_to_are_as_they_were():
     assert all(torch.equal(model.get_buffer(k), v) for k, v in before.items())
 
 
+def test_the_model_of_inference_is_solved():
+    """Whatever mode it is in: with the running statistics, and without dropout."""
+    data = [torch.randn(8, 32) for _ in range(3)]
+    model = nn.Sequential(Counting(), nn.Dropout(0.5), nn.Linear(32, 32)).requires_grad_(False)
+    other = copy.deepcopy(model).eval()
+    for one in (model, other):
+        fxquant.quantize(one, "int4wo-32", solver="gptq", batches=data, **QUIET)
+    assert model.training and model[1].training and not other.training
+    for (name, a), b in zip(model.state_dict().items(), other.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+
+
 @torch.no_grad()
 def test_a_model_that_has_run_compiled_can_be_calibrated_and_solved(graphs):
     model = MLP().eval().requires_grad_(False)
