@@ -161,6 +161,7 @@ def test_the_model_of_inference_is_observed(training, caplog):
     model, x = nn.Sequential(*layers).train(training), torch.randn(16, 8)
     before = {k: v.clone() for k, v in model.state_dict().items()}
     kinds = {"input": ["sample"], "output": ["minmax"]}
+    caplog.set_level(logging.WARNING, "fxquant")
     stats = fxquant.calibrate(model, [x], kinds=kinds, compiled=False, progress=False)
     assert "train mode" not in caplog.text and not (stats["3:input"]["sample"].rows == 0).any()
     assert all(module.training is training for module in model.modules())
