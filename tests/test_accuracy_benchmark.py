@@ -343,10 +343,8 @@ def test_a_row_that_fails_is_reported_and_the_others_run(
 
 
 def test_without_time_the_float_rows_alone_are_measured(parts, untrained, tmp_path):
-    parts.main.main(
-        ["--subjects", "plain", "outliers", "--seeds", "0", "--size", "small", "--limit", "0",
-         "--schemes", "int8wo", "--out", str(tmp_path)]
-    )  # fmt: skip
+    words = "--subjects plain outliers --seeds 0 --size small --limit 0 --schemes int8wo --out"
+    parts.main.main([*words.split(), str(tmp_path)])
     subjects = json.loads((tmp_path / "accuracy_cpu.json").read_text())["subjects"]
     for found in (subjects["plain"], subjects["outliers"]):
         assert [row["name"] for row in found["rows"]] == ["float32", "bf16"]
@@ -364,10 +362,8 @@ def test_what_was_measured_is_saved_when_it_is_ended(parts, untrained, tmp_path,
 
     monkeypatch.setattr(parts.main, "convert", convert)
     before = signal.getsignal(signal.SIGTERM)
-    parts.main.main(
-        ["--subjects", "plain", "--seeds", "0", "--size", "small", "--out", str(tmp_path),
-         "--schemes", "int8wo", "int8dq", "fp8wo"]
-    )  # fmt: skip
+    words = "--subjects plain --seeds 0 --size small --schemes int8wo int8dq fp8wo --out"
+    parts.main.main([*words.split(), str(tmp_path)])
     assert signal.getsignal(signal.SIGTERM) == before
     found = json.loads((tmp_path / "accuracy_cpu.json").read_text())["subjects"]["plain"]
     assert [row["name"] for row in found["rows"]] == ["float32", "bf16", "int8wo"]

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import fxquant
+from fxquant import replay
 from fxquant.errors import NoCalibrationData
 from fxquant.scheme import get_scheme
 from fxquant.solvers import Gram, get_solver
@@ -102,6 +103,17 @@ def test_the_model_of_inference_is_solved():
     assert model.training and model[1].training and not other.training
     for (name, a), b in zip(model.state_dict().items(), other.state_dict().values(), strict=True):
         assert torch.equal(a, b), name
+
+
+def test_after_an_error_the_model_is_in_its_own_mode_at_once(monkeypatch):
+    def put(self, *args):
+        raise OSError("no room")
+
+    monkeypatch.setattr(replay.Waiting, "put", put)
+    model, calls = Counting().train().requires_grad_(False), [torch.randn(8, 32)]
+    with pytest.raises(OSError) as raised:
+        fxquant.quantize(model, "int4wo-32", solver="gptq", batches=calls, **QUIET)
+    assert raised.value and model.training and model.norm.training
 
 
 @torch.no_grad()

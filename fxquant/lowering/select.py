@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from .cost import _compiled, crossovers
+from .cost import LARGEST, _compiled, crossovers
 from .kernel import CANONICAL, KERNELS, LAYOUTS, Kernel, Layout, Problem
 from .tuning import remembered, tuned_kernels
 
@@ -80,8 +81,23 @@ def _not_chosen(usable: list[Kernel], chosen: list[Kernel]) -> dict[str, str]:
 
 
 def _tuned(problem: Problem, usable: list[Kernel]) -> list[tuple[Kernel, int]]:
-    """The measured steps for this shape, those left out whose kernel cannot be used here."""
+    """The measured steps for this shape; a stretch whose kernel cannot be used here goes to those of the
+    same layout, by their cost."""
     scheme, known = problem.scheme, {k.name: k for k in usable}
     measured = tuned_kernels(problem.device.name, scheme.name, scheme.family, problem.n, problem.k)
-    steps = [(known[name], first) for name, first in measured if name in known]
-    return [(kernel, first if i else 0) for i, (kernel, first) in enumerate(steps)]
+    layout = next((known[name].layout for name, _ in measured if name in known), None)
+    if layout is None:
+        return []
+    others = [k for k in usable if k.layout is layout]
+    costly = [(others[i], first) for i, first in crossovers([k.cost(problem) for k in others])]
+    steps: list[tuple[Kernel, int]] = []
+    for (name, first), (_, end) in zip(measured, [*measured[1:], ("", LARGEST)], strict=True):
+        steps += [(known[name], first)] if name in known else _between(costly, first, end)
+    changes = [i == 0 or kernel is not steps[i - 1][0] for i, (kernel, _) in enumerate(steps)]
+    return [step for step, changed in zip(steps, changes, strict=True) if changed]
+
+
+def _between(steps: Sequence[tuple[Kernel, int]], first: int, end: int) -> list[tuple[Kernel, int]]:
+    """The part of ``steps`` that is valid from ``first`` rows to below ``end``."""
+    stretches = zip(steps, [*steps[1:], (steps[-1][0], end)], strict=True)
+    return [(k, max(at, first)) for (k, at), (_, last) in stretches if at < end and last > first]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
+import torch
 
 import fxquant
 from fxquant import tuner
@@ -160,3 +161,26 @@ def test_few_cuts_serve_all_numbers_of_rows():
     scheme = get_scheme("int4wo-64")
     cuts = {cuda_cuts.cut_for(scheme, 2560, 2560, rows, "NVIDIA H200") for rows in range(33, 1025)}
     assert len(cuts) <= 30, len(cuts)
+
+
+def test_a_measured_kernel_that_cannot_be_used_leaves_its_rows_to_others(monkeypatch):
+    """float16 has no widened kernel: integers for some rows, cuBLAS on the weight written out for many."""
+    monkeypatch.setattr(nvrtc, "refusal", lambda: None)
+    device = dataclasses.replace(HOPPER, name="NVIDIA H200")
+
+    def at(dtype, rows):
+        one = problem("8da4w-32", 28672, 4096, dtype=dtype, device=device)
+        return select(one).at(rows).name
+
+    forget()
+    assert [at(torch.bfloat16, m) for m in (1, 16, 64, 2048)] == [
+        "cuda_w4a8", "cuda_pipeline_w4a8", *["cuda_pipeline_w4a8_widened"] * 2,
+    ]  # fmt: skip
+    assert [at(torch.float16, m) for m in (1, 16, 2048)] == [
+        "cuda_w4a8", "cuda_pipeline_w4a8", "cuda_dequantize_w4a8",
+    ]  # fmt: skip
+    assert at(torch.float32, 2048) == "cuda_w4a8", "nothing else of its layout takes float32"
+    plan = select(problem("8da4w-32", 28672, 4096, dtype=torch.float16, device=device)).steps
+    firsts = [first for _, first in plan]
+    assert firsts == sorted(set(firsts)) and firsts[0] == 0
+    forget()
