@@ -11,7 +11,8 @@ symbolic sizes. Arithmetic is float32, or float64 where an input is float64; hal
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from functools import reduce
 from itertools import zip_longest
 from operator import or_
@@ -120,17 +121,14 @@ class _Blocks:
             qparam = qparam.reshape(ones)
         return qparam.to(dtype)
 
-    def min_max(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Smallest and largest value of each block, 0 for a block without values."""
+    def reduce(self, x: torch.Tensor, reduction: Callable[..., torch.Tensor]) -> torch.Tensor:
+        """One value of each block, as ``torch.amin`` or ``amax``; 0 for a block without values."""
         if any(isinstance(self.view[dim], int) and self.view[dim] == 0 for dim in self.within):
-            return x.new_zeros(self.counts), x.new_zeros(self.counts)
+            return x.new_zeros(self.counts)
         if not self.within:  # where amin would reduce over everything
-            return x, x
-        x = self.split(x)
-        low, high = x.amin(self.within, keepdim=True), x.amax(self.within, keepdim=True)
-        if len(self.view) == len(self.counts):
-            return low, high
-        return low.reshape(self.counts), high.reshape(self.counts)
+            return x
+        found = reduction(self.split(x), self.within, keepdim=True)
+        return found if len(self.view) == len(self.counts) else found.reshape(self.counts)
 
 
 def _compute_dtype(*tensors: torch.Tensor) -> torch.dtype:
@@ -196,11 +194,15 @@ def choose_qparams_affine(
     preserve_zero = zero_point_domain == "int" if preserve_zero is None else preserve_zero
     widen = mapping != "asymmetric" or (zero_point_domain != "none" and preserve_zero)
 
-    low, high = (t.to(_compute_dtype(x)) for t in _Blocks(x.shape, block_size).min_max(x))
-    if widen:
-        low, high = low.clamp(max=0), high.clamp(min=0)
-    # Halving is exact, so this is (max - min) / (qmax - qmin) bit for bit, without its overflow.
-    radius = high / 2 - low / 2 if mapping == "asymmetric" else torch.maximum(-low, high)
+    compute, blocks = _compute_dtype(x), _Blocks(x.shape, block_size)
+    if mapping == "symmetric":  # one reduction, and few ops: a compiler sees them at every linear
+        radius = blocks.reduce(x.abs(), torch.amax).to(compute)
+    else:
+        low, high = (blocks.reduce(x, end).to(compute) for end in (torch.amin, torch.amax))
+        if widen:
+            low, high = low.clamp(max=0), high.clamp(min=0)
+        # Halving is exact, so this is (max - min) / (qmax - qmin) bit for bit, without its overflow.
+        radius = high / 2 - low / 2 if mapping == "asymmetric" else torch.maximum(-low, high)
     scale = radius / ((qmax - qmin) / 2)
     if mapping == "symmetric_no_clipping_err":
         scale = torch.maximum(low / (qmin - center), high / (qmax - center))
@@ -210,11 +212,11 @@ def choose_qparams_affine(
         scale = torch.maximum(scale, radius * 2.0**-22)
     # Without extent any scale will do but 0, by which quantization could not divide.
     scale = torch.where(radius == 0, 1.0, scale).clamp(max(eps or 0.0, limits.tiny), limits.max)
-    scale = torch.where(torch.isfinite(radius), scale, float("nan")).to(scale_dtype)
+    scale = torch.where(radius < math.inf, scale, math.nan).to(scale_dtype)
     if zero_point_domain == "none":
         return scale, None
 
-    step = scale.to(low.dtype)
+    step = scale.to(compute)
     if zero_point_domain == "float":
         zero_point_dtype = zero_point_dtype or scale_dtype
         _choice("zero_point_dtype", zero_point_dtype, _REAL)
@@ -296,10 +298,10 @@ def quantize_affine(
     if dtype in _FLOAT8:
         codes = values / scale
     elif zero_point is None:
-        codes = torch.round(values * (1 / scale))
+        codes = torch.round(values * scale.reciprocal())
     elif zero_point_domain == "int":
         center = blocks.spread(zero_point, compute, "zero_point")
-        codes = torch.round(values * (1 / scale)) + center
+        codes = torch.round(values * scale.reciprocal()) + center
     else:
         center = middle
         lowest = blocks.spread(zero_point, compute, "zero_point") - scale * (middle - qmin)

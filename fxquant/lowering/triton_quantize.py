@@ -68,13 +68,15 @@ def quantize_rows_kernel(
         first = tl.load(x + row * 2 * K + at, inside, 0.0).to(tl.float32)
         second = tl.load(x + row * 2 * K + K + at, inside, 0.0).to(tl.float32)
         values = (activate(first, GATE) * second).to(x.dtype.element_ty).to(tl.float32)
-    low = tl.minimum(tl.min(values, 0), 0.0)
-    high = tl.maximum(tl.max(values, 0), 0.0)
-    broken = tl.max((values != values).to(tl.int32), 0)
-    radius = high / 2 - low / 2 if ASYMMETRIC else tl.maximum(-low, high)
+    # As integers the bits of a NaN are larger than those of all numbers, which they order as they are.
+    largest = tl.max(tl.abs(values).to(tl.int32, bitcast=True), 0).to(tl.float32, bitcast=True)
+    radius = largest
+    if ASYMMETRIC:
+        low = tl.minimum(tl.min(values, 0), 0.0)
+        radius = tl.maximum(tl.max(values, 0), 0.0) / 2 - low / 2
     step = tl.where(radius == 0, 1.0, radius * INVERSE)
     step = tl.minimum(tl.maximum(step, SMALLEST), LARGEST)
-    step = tl.where((radius <= LARGEST) & (broken == 0), step, float("nan"))
+    step = tl.where(largest <= LARGEST, step, float("nan"))
     tl.store(scale + row, step)
     if FLOAT8:
         found = divided(values, step, FUSED)
