@@ -65,23 +65,29 @@ def let_be_ended(args: argparse.Namespace) -> Any:
     return signal.signal(signal.SIGTERM, ended)
 
 
+LATE = "no time was left for it"
+
+
 def readings(
     subject: Subject, rows: Sequence[Contender], label: str, args: argparse.Namespace
 ) -> tuple[dict[str, np.ndarray], dict[str, str], dict[str, float]]:
-    """Losses [measures, items] by row, what failed with its message, and seconds. None but the
-    float ones begins after ``args.deadline`` (of ``time.perf_counter``)."""
+    """Losses [measures, items] by row, what failed with its message (LATE where it did not begin, or was
+    ended), and seconds. None but the float ones begins after ``args.deadline`` (of
+    ``time.perf_counter``)."""
     found, failed, seconds = {}, {}, {}
     progress = tqdm(rows, desc=label)
     for row in progress:
         progress.set_postfix_str(row.name)
         if (started := time.perf_counter()) > args.deadline and row.library != "float":
-            failed[row.name] = "no time was left for it"
+            failed[row.name] = LATE
             continue
         try:
             values = subject.measure(convert(row, subject.calibration))
             if not np.isfinite(values).all():
                 raise ArithmeticError("the losses are not finite")
             found[row.name] = values
+        except TimeoutError:
+            failed[row.name] = LATE
         except Exception as error:
             failed[row.name] = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         if row.compiled:
@@ -91,21 +97,32 @@ def readings(
 
 
 def run(args: argparse.Namespace, name: str) -> tuple[dict[str, Losses], dict[str, Any]]:
-    """A subject over all seeds: by measure the losses [seeds, items] of the rows that never failed."""
+    """A subject over all seeds: by measure the losses [seeds, items] of the rows that never failed. Of rows
+    for which time was over, those of the seeds before."""
     values: dict[str, list[np.ndarray]] = {}
     failed: dict[str, str] = {}
     seconds: dict[str, float] = {}
-    about = []
-    for seed in args.seeds:
+    about, models = [], []
+    rows = rows_for(name, args.schemes)
+    for done, seed in enumerate(args.seeds):
         subject = SUBJECTS[name](args, seed)
-        rows = rows_for(name, args.schemes)
-        mine, wrong, took = readings(subject, rows, f"{name}, seed {seed}", args)
+        todo = [row for row in rows if len(values.get(row.name, ())) == done]
+        known = {}
+        if subject.model in models:
+            first = models.index(subject.model)
+            known = {row.name: values[row.name][first] for row in todo if not row.calibrated}
+        todo = [row for row in todo if row.name not in known]
+        mine, wrong, took = readings(subject, todo, f"{name}, seed {seed}", args)
+        mine |= known
         for row, losses in mine.items():
             values.setdefault(row, []).append(losses)
-        failed |= {row: f"{why} (seed {seed})" for row, why in wrong.items()}
-        seconds = {row: seconds.get(row, 0.0) + s for row, s in took.items()}
+        broken = {row: f"{why} (seed {seed})" for row, why in wrong.items() if why != LATE}
+        failed |= broken | {row: LATE for row in wrong.keys() - values.keys() - broken.keys()}
+        values = {row: v for row, v in values.items() if row not in broken}
+        seconds |= {row: seconds.get(row, 0.0) + s for row, s in took.items()}
         about.append(subject.about)
-    whole = {row: np.stack(v) for row, v in values.items() if row not in failed}
+        models.append(subject.model)
+    whole = {row.name: np.stack(values[row.name]) for row in rows if row.name in values}
     measured = {
         f"{name} {measure}".strip(): Losses({r: v[:, i] for r, v in whole.items()}, subject.base)
         for i, measure in enumerate(subject.measures)
@@ -115,6 +132,7 @@ def run(args: argparse.Namespace, name: str) -> tuple[dict[str, Losses], dict[st
         "about": about,
         "rows": rows_of(list(measured.values())),
         "failed": failed,
+        "fewer_seeds": {r: len(v) for r, v in whole.items() if len(v) < len(args.seeds)},
         "seconds": {row: round(s, 2) for row, s in seconds.items()},
         "side_by_side": {key: side_by_side(losses) for key, losses in measured.items()},
     }

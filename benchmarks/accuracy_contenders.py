@@ -40,6 +40,13 @@ class Contender:
     compiled: bool = False
     cuda: bool = False
 
+    @property
+    def calibrated(self) -> bool:
+        """Whether it looks at data."""
+        if self.library == "torchao":
+            return self.scheme in CALIBRATED
+        return self.ranges or self.smooth is not False or self.solver == "gptq"
+
 
 class Calibration:
     """A float model with its calibration batches; statistics are taken when a row first asks for them."""
@@ -177,11 +184,15 @@ def _intx(bits: int, size: int, mapping: str = "ASYMMETRIC", algorithm: str = "A
 
 SIZES = (128, 64, 32)
 
-TORCHAO: dict[str, Callable[[nn.Module, Calibration], None]] = {
-    "int8wo": _plain(_int8wo),
-    "int8dq": _plain(_int8dq),
+CALIBRATED: dict[str, Callable[[nn.Module, Calibration], None]] = {
     "int8dq smoothquant": _calibrated(_smoothquant),
     "int8wo gptq": _calibrated(_gptq, first="observe"),
+    **{f"int4wo-{size} awq": _calibrated(_awq(size)) for size in SIZES},
+}
+TORCHAO: dict[str, Callable[[nn.Module, Calibration], None]] = {
+    **CALIBRATED,
+    "int8wo": _plain(_int8wo),
+    "int8dq": _plain(_int8dq),
     "fp8wo": _plain(lambda ao: ao.Float8WeightOnlyConfig(set_inductor_config=False)),
     "fp8dq": _plain(
         lambda ao: ao.Float8DynamicActivationFloat8WeightConfig(
@@ -197,7 +208,6 @@ for _size in SIZES:
         f"int2-{_size}": _plain(_intx(2, _size)),
         f"int4wo-{_size}": _plain(_tile_packed(_size, "tinygemm")),
         f"int4wo-{_size} hqq": _plain(_tile_packed(_size, "hqq")),
-        f"int4wo-{_size} awq": _calibrated(_awq(_size)),
         f"8da4w-{_size}": _plain(
             lambda ao, size=_size: ao.Int8DynamicActivationIntxWeightConfig(
                 weight_dtype=torch.int4, weight_granularity=ao.PerGroup(size)

@@ -16,7 +16,8 @@ class Missing(Exception):
 
 
 class Losses:
-    """Losses by row, each [seeds, items]: the same held-out items for every row and seed.
+    """Losses by row, each [seeds, items]: the same held-out items for every row and seed. A row may have been
+    measured with the first seeds alone.
 
     Items are drawn with replacement RESAMPLES times, the same ones for every row: differences between
     rows are paired. A figure is a vector of its value and then its values on the resamples.
@@ -35,8 +36,17 @@ class Losses:
 
     def delta(self, name: str) -> np.ndarray:
         """The mean loss of a row less that of the base, over seeds and items [1 + RESAMPLES]."""
-        change = (self.of(name) - self.of(self.base)).mean(0)
-        return np.concatenate([[change.mean()], change[self._drawn].mean(1)])
+        return self.deltas(name)[0]
+
+    def deltas(self, *names: str) -> list[np.ndarray]:
+        """The same of several rows, over the seeds that all of them have."""
+        rows = [self.of(name) for name in (self.base, *names)]
+        seeds = min(map(len, rows))
+        base, *changed = (row[:seeds].mean(0) for row in rows)
+        return [
+            np.concatenate([[c.mean()], c[self._drawn].mean(1)])
+            for c in (r - base for r in changed)
+        ]
 
 
 def interval(figure: np.ndarray) -> tuple[float, float]:
@@ -55,12 +65,12 @@ def growth(name: str, tokens: int = 1) -> Figure:
 
 def excess(name: str, over: str) -> Figure:
     """The loss of a row less another one's, in thousandths of a nat."""
-    return lambda losses: 1e3 * (losses.delta(name) - losses.delta(over))
+    return lambda losses: 1e3 * np.subtract(*losses.deltas(name, over))
 
 
 def recovered(name: str, of: str) -> Figure:
     """How many per cent of a row's added loss another one avoids."""
-    return lambda losses: 100 * (1 - losses.delta(name) / losses.delta(of))
+    return lambda losses: 100 * (1 - np.divide(*losses.deltas(name, of)))
 
 
 def worst_cosine(name: str) -> Figure:
@@ -219,7 +229,7 @@ def side_by_side(losses: Losses) -> list[dict[str, Any]]:
     found = []
     for ours, theirs in PAIRS.items():
         if ours in losses.values and theirs in losses.values:
-            figure = losses.delta(ours) - losses.delta(theirs)
+            figure = np.subtract(*losses.deltas(ours, theirs))
             found.append(
                 {
                     "fxquant": ours,

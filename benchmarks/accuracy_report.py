@@ -41,7 +41,7 @@ def rows_of(measured: Sequence[Losses]) -> list[dict[str, Any]]:
             )
             continue
         delta, divergence = losses.delta(name), divergences[0].delta(name)
-        change = (values - losses.of(losses.base)).mean(1)
+        change = (values - losses.of(losses.base)[: len(values)]).mean(1)
         found.append(
             {
                 "name": name,
@@ -58,8 +58,10 @@ def rows_of(measured: Sequence[Losses]) -> list[dict[str, Any]]:
     return found
 
 
-def table(rows: Sequence[Mapping[str, Any]], failed: Mapping[str, str]) -> str:
-    """Rows that ran; below them what failed."""
+def table(
+    rows: Sequence[Mapping[str, Any]], failed: Mapping[str, str], fewer: Mapping[str, int]
+) -> str:
+    """Rows that ran; below them what failed, and what was measured with ``fewer`` seeds than the rest."""
     if "cosine_mean" in rows[0]:
         headers = ["", "cosine", "worst", "worst by seed"]
         lines = [
@@ -87,7 +89,8 @@ def table(rows: Sequence[Mapping[str, Any]], failed: Mapping[str, str]) -> str:
             for r in rows
         ]
     text = tabulate(lines, headers=headers, tablefmt="github", disable_numparse=True)
-    return text + "".join(f"\n\n{name} failed: {why}" for name, why in failed.items())
+    text += "".join(f"\n\n{name} failed: {why}" for name, why in failed.items())
+    return text + "".join(f"\n\n{name}: the first {n} of the seeds" for name, n in fewer.items())
 
 
 def _range(pair: Sequence[float], scale: float = 1.0, form: str = "+.2f") -> str:
@@ -122,7 +125,7 @@ def page(report: Mapping[str, Any]) -> str:
     parts.append(f"## Expectations\n\n{expectations_table(report['expectations'])}\n")
     for name, subject in report["subjects"].items():
         parts.append(f"## {name}\n\nbase: {subject['base']}; {_about(subject['about'])}\n")
-        parts.append(table(subject["rows"], subject["failed"]) + "\n")
+        parts.append(table(subject["rows"], subject["failed"], subject["fewer_seeds"]) + "\n")
         for measure, pairs in subject["side_by_side"].items():
             if pairs:
                 parts.append(pairs_table(pairs, measure) + "\n")

@@ -31,6 +31,7 @@ AT_ONCE = 16
 class Subject:
     """A float model of one seed. base: its row among the contenders, what losses are compared with.
 
+    model: which float model it is: with an earlier seed's, what looks at no data loses the same again.
     measure: what a model loses on each held-out item, float64 [measures, items], the base itself 0 in
     all but the first. measures: their names; expectations call the first by the subject's alone.
     """
@@ -39,6 +40,7 @@ class Subject:
     calibration: Calibration
     measure: Callable[[nn.Module], np.ndarray]
     measures: tuple[str, ...] = ("",)
+    model: int = 0
     about: dict[str, Any] = field(default_factory=dict)
 
 
@@ -99,6 +101,7 @@ def _language(args: argparse.Namespace, seed: int, outliers: bool) -> Subject:
         calibration=Calibration(model, tokens.to(where).split(AT_ONCE), but_the_head),
         measure=lambda m: sequence_losses(m, held_out, AT_ONCE, reference).numpy(),
         measures=("", "divergence"),
+        model=seed if outliers else seed % size.models,
         about=about,
     )
 

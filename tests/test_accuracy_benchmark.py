@@ -1,4 +1,4 @@
-"""benchmarks/accuracy*.py: the split, the outliers, the bootstrap, the expectations; nothing is trained."""
+"""benchmarks/accuracy*.py: the outliers, the bootstrap, the expectations; nothing is trained."""
 
 from __future__ import annotations
 
@@ -49,80 +49,6 @@ def tiny(parts):
         for name, parameter in model.named_parameters():
             parameter.mul_(1.0 if "norm" in name else 5.0)
     return model.eval().requires_grad_(False)
-
-
-def sources(count: int = 400) -> dict[str, bytes]:
-    return {f"package.module_{i}": b"x = %d\n" % i * (i % 7 + 1) for i in range(count)}
-
-
-def test_modules_are_held_out_whole_by_their_names_alone(parts):
-    given = sources()
-    text = parts.data.split(given)
-    training, held_out = set(text.training), set(text.held_out)
-    assert not training & held_out and training | held_out == set(given)
-    assert 0.02 < len(held_out) / len(given) < 0.15
-    assert all(found == given[name] for name, found in text.held_out.items())
-    backwards = parts.data.split(dict(reversed(given.items())))
-    assert list(backwards.training) == list(text.training) and backwards.digest == text.digest
-    name = next(iter(held_out))
-    assert name in parts.data.split({name: b"another text", "more": b"x"}).held_out
-
-
-def test_copies_count_once_and_so_never_on_both_sides(parts):
-    names = [f"m{i}" for i in range(100)]
-    assert {parts.data.is_held_out(n) for n in names} == {False, True}
-    text = parts.data.split({n: b"the same\n" for n in names} | {"empty": b" \n"})
-    assert [*text.training, *text.held_out] == ["m0"]
-
-
-def test_the_digest_tells_texts_and_splits_apart(parts):
-    digests = {
-        parts.data.Text(*two).digest
-        for two in (
-            ({"a": b"x"}, {"b": b"y"}),
-            ({"a": b"x", "b": b"y"}, {}),
-            ({"b": b"y"}, {"a": b"x"}),
-            ({"a": b"xb"}, {"b": b"y"}),
-        )
-    }
-    assert len(digests) == 4
-
-
-def test_the_standard_library_has_neither_tests_nor_packages_of_others(parts):
-    text = parts.data.standard_library()
-    names = [*text.training, *text.held_out]
-    assert len(text.held_out) > 20 and {"json.decoder", "argparse"} <= set(names)
-    assert not any({"test", "tests", "site-packages"} & set(name.split(".")) for name in names)
-    assert not set(text.training.values()) & set(text.held_out.values())
-
-
-def test_windows_lie_within_modules_and_every_module_keeps_its_share(parts):
-    given = {"a": bytes(range(1, 11)), "b": bytes(range(101, 141)), "short": b"12"}
-    all_ = parts.data.windows(given, 100, 4)
-    assert all_.shape == (2 + 10, 4) and all_.dtype == torch.int64
-    assert all_[:3].tolist() == [[1, 2, 3, 4], [5, 6, 7, 8], [101, 102, 103, 104]]
-    some = parts.data.windows(given, 6, 4)
-    assert some[:, 0].tolist() == [1, 101, 109, 117, 125, 133]
-
-
-def test_drawn_windows_come_from_the_stream_and_repeat_with_the_seed(parts):
-    stream = parts.data.stream({"a": b"abc", "b": b"defg"})
-    assert bytes(stream.tolist()) == b"\0abc\0defg"
-    draws = [
-        parts.data.draw(stream, 50, 3, torch.Generator().manual_seed(seed)) for seed in (0, 0, 1)
-    ]
-    assert torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2])
-    assert {bytes(w) for w in draws[0].tolist()} == {
-        b"\0abc\0defg"[i : i + 3] for i in range(len(stream) - 2)
-    }
-
-
-def test_unigram_perplexity_of_four_even_letters(parts):
-    text = parts.data.Text({"a": b"abcd" * 100000}, {"b": b"dcba"})
-    # two separators among the bytes: one in 400001 and one in 5
-    assert parts.data.unigram_perplexity(text) == pytest.approx(
-        math.exp((4 * math.log(4) + math.log(400257 / 2)) / 5), rel=1e-3
-    )
 
 
 class Uniform(nn.Module):
@@ -231,6 +157,13 @@ def test_the_bootstrap_is_paired_and_has_the_width_of_theory(parts):
 def test_seeds_are_averaged_before_items_are_drawn(parts):
     losses = losses_of(parts, base=np.zeros((2, 3)), row=[[1, 2, 3], [3, 2, 1]])
     assert set(losses.delta("row")) == {2.0}
+
+
+def test_rows_are_compared_on_the_seeds_that_both_have(parts):
+    losses = losses_of(parts, base=np.ones((2, 2)), rtn=[[2, 2], [9, 9]], gptq=[[1.5, 1.5]])
+    assert losses.delta("rtn")[0] == 4.5 and losses.delta("gptq")[0] == 0.5
+    assert parts.expectations.recovered("gptq", "rtn")(losses)[0] == pytest.approx(50)
+    assert parts.expectations.excess("rtn", "gptq")(losses)[0] == pytest.approx(500)
 
 
 def test_figures_by_hand(parts):
@@ -348,7 +281,7 @@ def test_without_time_the_float_rows_alone_are_measured(parts, untrained, tmp_pa
     subjects = json.loads((tmp_path / "accuracy_cpu.json").read_text())["subjects"]
     for found in (subjects["plain"], subjects["outliers"]):
         assert [row["name"] for row in found["rows"]] == ["float32", "bf16"]
-        assert found["failed"] == {"int8wo": "no time was left for it (seed 0)"}
+        assert found["failed"] == {"int8wo": "no time was left for it"}
 
 
 def test_what_was_measured_is_saved_when_it_is_ended(parts, untrained, tmp_path, monkeypatch):
@@ -367,8 +300,35 @@ def test_what_was_measured_is_saved_when_it_is_ended(parts, untrained, tmp_path,
     assert signal.getsignal(signal.SIGTERM) == before
     found = json.loads((tmp_path / "accuracy_cpu.json").read_text())["subjects"]["plain"]
     assert [row["name"] for row in found["rows"]] == ["float32", "bf16", "int8wo"]
-    assert "ended from outside" in found["failed"]["int8dq"]
-    assert "no time was left" in found["failed"]["fp8wo"]
+    late = "no time was left for it"
+    assert found["failed"] == {"int8dq": late, "fp8wo": late} and not found["fewer_seeds"]
+
+
+def test_a_row_keeps_the_seeds_that_it_had_time_for(parts, untrained, tmp_path, monkeypatch):
+    """And what looks at no data is measured once for a model."""
+    measured = []
+    plain = parts.main.convert
+
+    def convert(row, calibration):
+        measured.append(row.name)
+        if measured.count("int8dq smooth 0.5") == 2:
+            signal.raise_signal(signal.SIGTERM)
+        return plain(row, calibration)
+
+    monkeypatch.setattr(parts.main, "convert", convert)
+    words = (
+        "--subjects plain --seeds 0 3 4 --size small --schemes int8wo int8dq*0.5 int8dq*0.6 --out"
+    )
+    parts.main.main([*words.split(), str(tmp_path)])
+    found = json.loads((tmp_path / "accuracy_cpu.json").read_text())["subjects"]["plain"]
+    seeds = {row["name"]: len(row["delta_by_seed"]) for row in found["rows"]}
+    once = {"float32": 3, "bf16": 3, "int8wo": 3}
+    assert seeds == once | {"int8dq smooth 0.5": 1, "int8dq smooth 0.6": 1}
+    assert found["fewer_seeds"] == {"int8dq smooth 0.5": 1, "int8dq smooth 0.6": 1}
+    assert [measured.count(name) for name in once] == [1, 1, 1] and not found["failed"]
+    assert (
+        "int8dq smooth 0.6: the first 1 of the seeds" in (tmp_path / "accuracy_cpu.md").read_text()
+    )
 
 
 def test_rows_for_cuda_are_left_out_without_it(parts):
