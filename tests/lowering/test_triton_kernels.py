@@ -311,3 +311,18 @@ def test_faults_are_refused(name: str) -> None:
     for fault in kernel.faults:
         assert kernel.refusal(problem(**{**good, **fault})), fault
     assert kernel.cost(problem(**good)).subs("M", 1) > 0
+
+
+@pytest.mark.parametrize("rows", [128, 129, 200, 255, 256])
+def test_rows_beside_the_padded_ones_do_not_matter(rows: int) -> None:
+    """``_scaled_mm`` runs on the CPU too: each row is that of a product of its own."""
+    scheme, kernel = get_scheme("fp8dq"), KERNELS["scaled_mm"]
+    random = torch.Generator().manual_seed(rows)
+    q = scheme.weight.quantize_weight(torch.randn(48, 64, generator=random).to(DEVICE))
+    x = torch.randn(rows, 64, generator=random).to(DEVICE, torch.bfloat16)
+    bias = torch.randn(48, generator=random).to(DEVICE)
+    y = kernel.compute(scheme, x, [q.codes, q.scale], bias, "")
+    wanted = scheme.input.quantize(x)
+    exact = (wanted.codes.double() @ q.codes.double().t()) * wanted.scale * q.scale.t() + bias
+    assert y.shape == (rows, 48)
+    torch.testing.assert_close(y.double(), exact, rtol=2**-7, atol=2**-6)
