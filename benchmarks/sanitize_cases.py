@@ -172,7 +172,7 @@ def run(case: Case) -> tuple[float, list[str]]:
     x, codes = sample.x.cuda(), []
     if scheme.input is not None:
         q = scheme.input.quantize(sample.x)
-        codes = on_gpu((q.codes, q.scale.float(), None if q.zero is None else q.zero.float()))
+        codes = on_gpu((q.codes, q.scale.float(), q.zero))
     kept = handshake.Kept(triton_prefill.persistent_linear_kernel)
     few = {"multiprocessors": lambda device: FEW, "persistent_linear_kernel": kept}
     row = {"device_row": lambda device: SimpleNamespace(units=FEW)}

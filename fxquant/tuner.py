@@ -155,9 +155,7 @@ class Cutter:
         if scheme.input is None:
             return x, None, None
         q = scheme.input.quantize(x)
-        scale, zero = (
-            None if t is None else t.float().reshape(-1).contiguous() for t in (q.scale, q.zero)
-        )
+        scale, zero = (cuda_stream.of_rows(t, x.shape[0]) for t in (q.scale, q.zero))
         if self.widened:
             return cuda_pipeline.widened(q, x.dtype), scale, None
         return q.codes, scale, zero

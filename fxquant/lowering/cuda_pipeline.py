@@ -101,8 +101,8 @@ def run(
     epilogue: str,
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    """One launch, cut as ``cut``: y[m, n] (of GATES [m, n / 2]) of contiguous x[m, k], x_scale and x_zero
-    float32 [m]."""
+    """One launch, cut as ``cut``: y[m, n] (of GATES [m, n / 2]) of contiguous x[m, k], x_scale float32 [m]
+    and x_zero int32 [m]."""
     packing, (m, k) = format_of(scheme), x.shape
     form, per_row = packing.taking(x.dtype), packed[1]
     w_scale, w_sum = (None, per_row) if packing.x_zero else (per_row, None)
@@ -175,8 +175,7 @@ def cuda_pipeline(scheme, x, packed, bias, epilogue):
 def cuda_pipeline_w4a8(scheme, x, packed, bias, epilogue):
     q, n = scheme.input.quantize(x), packed[1].numel()
     op = torch.ops.fxquant.pipeline_linear.default
-    zero = q.zero.float()  # here, where Inductor fuses it with the quantization
-    return op(q.codes, q.scale, zero, packed, bias, scheme.name, epilogue, n, x.dtype)
+    return op(q.codes, q.scale, q.zero, packed, bias, scheme.name, epilogue, n, x.dtype)
 
 
 def widened_cost(p: Problem) -> sympy.Expr:

@@ -234,8 +234,8 @@ def run(
     epilogue: str,
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    """One launch, cut as ``shape``: y[m, n] (of GATES [m, n / 2]) of contiguous x[m, k], x_scale and
-    x_zero float32 [m]."""
+    """One launch, cut as ``shape``: y[m, n] (of GATES [m, n / 2]) of contiguous x[m, k], x_scale float32
+    [m] and x_zero int32 [m]."""
     form, (m, k) = format_of(scheme), x.shape
     per_row = packed[1].float().reshape(-1)
     w_scale, w_sum = (None, per_row) if form.x_zero else (per_row, None)
@@ -260,6 +260,14 @@ def aligned(x: torch.Tensor) -> torch.Tensor:
     return x if x.data_ptr() % 16 == 0 else x.clone()
 
 
+def of_rows(qparam: torch.Tensor | None, m: int) -> torch.Tensor | None:
+    """A scale as float32 or a zero point as int32, one for each of ``m`` rows, as ``run`` takes them."""
+    if qparam is None:
+        return None
+    kind = torch.float32 if qparam.is_floating_point() else torch.int32
+    return qparam.to(kind).expand(m, 1).contiguous()
+
+
 def define_linear(name: str, pick: Callable[..., Any], run: Callable[..., torch.Tensor]) -> None:
     """The op ``fxquant::<name>``: x[m, k] (16-bit float, int8 or float8) times the packed weight, y[m, n]
     in ``dtype``, by one ``run`` of the cut that ``pick`` finds for it."""
@@ -269,9 +277,7 @@ def define_linear(name: str, pick: Callable[..., Any], run: Callable[..., torch.
             return x.new_empty(0, outputs(n, epilogue), dtype=dtype)
         row, m = get_scheme(scheme), x.shape[0]
         cut = pick(row, n, x.shape[1], m, device_row(x.device).name)
-        scale, zero = (
-            None if t is None else t.float().expand(m, 1).contiguous() for t in (x_scale, x_zero)
-        )
+        scale, zero = (of_rows(t, m) for t in (x_scale, x_zero))
         bias = None if bias is None else bias.contiguous()
         return run(row, cut, aligned(x), scale, zero, packed, bias, n, epilogue, dtype)
 
@@ -352,8 +358,7 @@ def cuda_w8a16(scheme, x, packed, bias, epilogue):
 )
 def cuda_w4a8(scheme, x, packed, bias, epilogue):
     q, n = scheme.input.quantize(x), packed[1].numel()
-    zero = q.zero.float()  # here, where Inductor fuses it with the quantization
-    return _linear(q.codes, q.scale, zero, packed, bias, scheme, epilogue, n, x.dtype)
+    return _linear(q.codes, q.scale, q.zero, packed, bias, scheme, epilogue, n, x.dtype)
 
 
 @kernel(

@@ -13,6 +13,7 @@ import sympy
 import torch
 
 from .cost import roofline
+from .devices import device_row
 from .kernel import Need, Problem
 
 try:
@@ -87,6 +88,21 @@ def store(
     acc = activate(acc, EPILOGUE)
     at = y + offs_m.to(tl.int64)[:, None] * N + offs_n[None, :]
     tl.store(at, acc.to(y.dtype.element_ty), (offs_m[:, None] < M) & (offs_n[None, :] < N))
+
+
+@jit
+def wait_for_previous_kernel(OVERLAP: tl.constexpr):
+    """Programmatic dependent launch, as in ``cuda/ptx.cuh``: the next kernel may begin what needs nothing of
+    this one (fetch its weights), and this one reads nothing before the one ahead has ended."""
+    if OVERLAP:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+
+
+def overlap(x: torch.Tensor) -> dict[str, bool]:
+    """How to launch a kernel on x's device that waits for the one ahead by itself."""
+    able = not INTERPRET and "sm90" in device_row(x.device).features
+    return {"OVERLAP": able} | ({"launch_pdl": True} if able else {})
 
 
 class Tile(NamedTuple):

@@ -13,7 +13,16 @@ import torch
 from ..ops import GATES, outputs, quantize_fake
 from ..scheme import QuantSpec, get_scheme
 from .devices import device_row
-from .triton_launch import HAS_TRITON, INTERPRET, activate, define, jit, tl
+from .triton_launch import (
+    HAS_TRITON,
+    INTERPRET,
+    activate,
+    define,
+    jit,
+    overlap,
+    tl,
+    wait_for_previous_kernel,
+)
 
 LEAST = 1 << 20
 """Values, from which on a kernel of its own is faster."""
@@ -56,12 +65,14 @@ def quantize_rows_kernel(
     x, codes, scale, zero, K,
     INVERSE: tl.constexpr, ASYMMETRIC: tl.constexpr, FLOAT8: tl.constexpr, BLOCK: tl.constexpr,
     SMALLEST: tl.constexpr, LARGEST: tl.constexpr, GATE: tl.constexpr, FUSED: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """codes[row, :] of x[row, :K] with the row's scale and zero point. INVERSE: of half the codes' range.
     GATE: an activation; the row is that of x[row, :K], times x[row, K : 2 K]."""
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
     inside = at < K
+    wait_for_previous_kernel(OVERLAP)
     if GATE == "":
         values = tl.load(x + row * K + at, inside, 0.0).to(tl.float32)
     else:
@@ -131,6 +142,7 @@ def quantize_rows(x: torch.Tensor, scheme: str, gate: str = "") -> list[torch.Te
                 FLOAT8=spec.dtype.is_floating_point, BLOCK=block, SMALLEST=SMALLEST, LARGEST=LARGEST,
                 GATE=GATES.get(gate, ""), FUSED=not INTERPRET,
                 num_warps=warps_for(rows, block * (2 if gate else 1), units), enable_fp_fusion=False,
+                **overlap(x),
             )  # fmt: skip
         found[0] = codes.to(spec.codes_dtype)
     return found

@@ -11,7 +11,7 @@
 struct Arguments {
   __align__(64) char x[128];  // tensor map of [m, k]: 128 bytes of k by TOKENS, swizzled
   const float* x_scale;
-  const float* x_zero;
+  const int* x_zero;
   const char* weight;
   const float* w_scale;
   const float* w_sum;

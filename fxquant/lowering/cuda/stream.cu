@@ -15,7 +15,7 @@
 struct Arguments {
   const char* x;  // [m, k], rows of ldx bytes
   const float* x_scale;
-  const float* x_zero;
+  const int* x_zero;
   const char* weight;
   const float* w_scale;
   const float* w_sum;
