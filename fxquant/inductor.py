@@ -15,6 +15,7 @@ from torch._dynamo.source import ConstantSource
 from torch._guards import TracingContext, tracing
 from torch._inductor import config as inductor_config
 from torch._inductor import custom_graph_pass, list_mode_options
+from torch._inductor.codegen.triton import TritonKernel, TritonScheduling
 from torch._inductor.compile_fx import compile_fx
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._inductor.decomposition import select_decomp_table
@@ -269,19 +270,37 @@ def _uuid(tag: str, passes: Sequence[Any]) -> Any:
 
 
 OVERLAP = "triton.enable_pdl"
-"""Inductor's setting for kernels that start before the one ahead of them has ended (programmatic
-dependent launch, on Hopper and newer)."""
+"""Kernels start before the one ahead of them has ended: programmatic dependent launch, from Hopper on."""
 
 FUSED = "_post_fusion_custom_pass"
 
 
-class _Overlap(_SchedulerPass):
-    """Takes ``OVERLAP`` back where a kernel reads nothing.
+class _Waiting(TritonKernel):
+    """Waits for the kernel ahead before its first access, then lets the next one begin (and fetch weights).
+    Inductor's own lets it after the last load: at the end, if a row is read twice."""
 
-    Inductor's kernels wait for the one ahead with their first load. One that loads nothing (a mask
-    made of positions) would not wait, and what follows would wait for the wrong kernel. A kernel
-    that is generated with the setting off is launched as ever, after everything before it.
-    """
+    def _handle_pdl_before_access(self, wait_buffer, *dependencies, consider_reads=False):
+        if self._enable_pdl_codegen():
+            looped = self.inside_reduction and self.range_trees[-1].is_loop
+            (self.body if looped else wait_buffer).writeline(self.GDC_WAIT)
+
+    def _handle_pdl_after_load(self, launch_buffer, result_var):
+        pass
+
+    def _filter_pdl(self, code):
+        lines: list[Any] = []
+        for line in code._lines:
+            if not isinstance(line, str) or self.GDC_WAIT not in line:
+                lines.append(line)
+            elif not any(isinstance(before, str) and self.GDC_WAIT in before for before in lines):
+                lines += [line, line.replace(self.GDC_WAIT, self.GDC_LAUNCH)]
+        code._lines = lines
+
+
+class _Overlap(_SchedulerPass):
+    """Has kernels overlap by ``_Waiting``, but takes ``OVERLAP`` back where one reads nothing (a mask made of
+    positions): it would not wait, and what follows would wait for the wrong kernel. With the setting off
+    a kernel is launched as ever, after everything before it."""
 
     def __init__(self, tag: str, after: Any):
         self.after = after
@@ -292,6 +311,11 @@ class _Overlap(_SchedulerPass):
             nodes = self.after(nodes)
         if not all(map(_reads, nodes)):
             inductor_config.triton.enable_pdl = False  # until the patches of this compile end
+        for device in {node.get_device() for node in nodes} - {None}:
+            backend = nodes[0].scheduler.get_backend(device)
+            backend = getattr(backend, "_triton_scheduling", backend)
+            if isinstance(backend, TritonScheduling):
+                backend.kernel_type = _Waiting  # in this graph alone
         return nodes
 
     def uuid(self) -> Any:
@@ -300,9 +324,8 @@ class _Overlap(_SchedulerPass):
 
 def _reads(node: Any) -> bool:
     """Whether a scheduled node is a kernel that loads something, or none of Inductor's own."""
-    if not isinstance(node, SchedulerNode | FusedSchedulerNode):
-        return True
-    return any(isinstance(dependency, MemoryDep) for dependency in node.read_writes.reads)
+    own = isinstance(node, SchedulerNode | FusedSchedulerNode)
+    return not own or any(isinstance(d, MemoryDep) for d in node.read_writes.reads)
 
 
 def _overlapping(patches: dict[str, Any], tag: str) -> dict[str, Any]:
