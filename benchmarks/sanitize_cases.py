@@ -20,12 +20,20 @@ import handshake
 import torch
 
 from fxquant import tuner
-from fxquant.lowering import cuda_cuts, cuda_layout, cuda_pipeline, cuda_prefill, triton_prefill
+from fxquant.lowering import (
+    cuda_cuts,
+    cuda_layout,
+    cuda_pipeline,
+    cuda_prefill,
+    triton_prefill,
+    triton_quantize,
+)
 from fxquant.lowering.cuda_cuts import Cut
 from fxquant.lowering.cuda_layout import Format
 from fxquant.lowering.cuda_stream import Shape
 from fxquant.lowering.dispatch import prequantized
 from fxquant.lowering.kernel import KERNELS
+from fxquant.ops import bundle, finish
 from fxquant.scheme import Quantized, Scheme, get_scheme
 
 STREAM = {
@@ -52,6 +60,7 @@ TRITON = (
     ("triton_w8a16", "int8wo"),
     ("triton_wf8a16", "fp8wo"),
 )
+QUANTIZED = ("int8dq", "8da4w-32", "fp8dq")
 FEW = 2
 """Multiprocessors that kernels think they have whose programs walk over tiles."""
 
@@ -88,6 +97,8 @@ def cases() -> list[Case]:
         for cut in pipeline_kinds(kernel, scheme)
     ]
     found += [Case("cuda_dequantize", scheme, 0, STREAM_N, 256) for scheme in DEQUANTIZED]
+    for scheme in QUANTIZED:  # n: the width of what is read, two halves where a gate joins them
+        found += [Case("quantize_rows", scheme, 13, width, 1000) for width in (1000, 2000)]
     for kernel, scheme in TRITON:
         n = 600 if kernel.endswith("persistent") else STREAM_N
         found += [Case(kernel, scheme, 13, n, 1088), Case(kernel, scheme, 130, n, 1024)]
@@ -164,6 +175,8 @@ def run(case: Case) -> tuple[float, list[str]]:
     from tests import oracles
 
     scheme, n, k = get_scheme(case.scheme), case.n, case.k
+    if case.kernel == "quantize_rows":
+        return quantized(scheme, case.rows, n, k), []
     sample = oracles.random_sample(scheme, case.rows, n, k, torch.bfloat16)
     kernel = KERNELS[case.kernel]
     packed: Any = on_gpu(kernel.layout.pack(scheme, sample.weight))
@@ -198,3 +211,15 @@ def dequantized(scheme: Scheme, q: Quantized, packed: Any, n: int, k: int) -> fl
     allowed = 1.01 * 2.0**-8 * expected + 2.0**-20 * expected.max()  # one rounding to bfloat16
     difference = torch.cat(found) - scheme.weight.dequantize(q, torch.float64)
     return (difference.abs() / allowed).max().item()
+
+
+def quantized(scheme: Scheme, rows: int, width: int, k: int) -> float:
+    """quantize_rows, of rows as they are or of what a gate makes of their halves."""
+    spec, gate = scheme.input, "silu_mul" if width > k else ""
+    assert spec is not None
+    x = torch.randn(rows, width, generator=torch.Generator().manual_seed(k)).bfloat16()
+    found = [t.cpu() for t in triton_quantize.quantize_rows(x.cuda(), scheme.name, gate)]
+    exact = finish(x.double(), gate)
+    step = found[1].double()  # of float8's numbers the largest are 32 apart, of 448
+    allowed = step * (16 if spec.dtype.is_floating_point else 1) + 2.0**-7 * exact.abs()
+    return ((spec.dequantize(bundle(found), torch.float64) - exact).abs() / allowed).max().item()
