@@ -23,11 +23,11 @@ GROUP = ("device", "shape", "layers", "merged", "attention", "mode")
 KEY = (*GROUP, "contender", "phase", "batch", "length")
 """A reading with the same values of these replaces the older one."""
 ABOUT = (
-    "tokens/s: wall clock of greedy decoding; GB/s: codes, qparams and norms that a step reads, per\n"
-    "second; model GB: the same bytes, without the table of embeddings; peak GB: reserved by the\n"
-    "allocator, conversion included; compile: the first call, caches cold when a process begins\n"
-    "(its first batch size); prefill: one sequence; cosine: the first decoded logits to bfloat16's,\n"
-    "mean over the batch; repeats: two runs decode the same tokens. Weights are random: cosines say\n"
+    "tokens/s: wall clock of greedy decoding, the median of five runs; GB/s: codes, qparams and norms\n"
+    "that a step reads, per second; model GB: the same bytes, without the table of embeddings; peak GB:\n"
+    "reserved by the allocator, conversion included; compile: the first call, caches cold when a process\n"
+    "begins (its first batch size); prefill: one sequence; cosine: the first decoded logits to bfloat16's,\n"
+    "mean over the batch; repeats: all runs decode the same tokens. Weights are random: cosines say\n"
     "that the arithmetic is right, not how good a real model is. lm_head is quantized like all linears.\n"
     "*: not in one run with the bf16 row."
 )

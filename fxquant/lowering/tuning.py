@@ -121,11 +121,13 @@ def slower(device: str, scheme: str, family: str, n: int, k: int, rows: int | No
 
 
 def _alike(table: Iterable[str], scheme: str, family: str, n: int, k: int) -> list[str]:
-    """Entries of the same scheme, then of its family, by distance in n and k."""
+    """Entries of the scheme's family, by distance in n and k; of one layer those of the scheme itself first.
+    (On five layers on an H200 a sibling's cut for the same layer was 5 % slower than the best one on
+    average, the scheme's own for the nearest other layer 16 %.)"""
     found = [
         e for e in table if (known := SCHEMES.get(e.partition(" ")[0])) and known.family == family
     ]
-    return sorted(found, key=lambda e: (e.partition(" ")[0] != scheme, _distance(e, n, k)))
+    return sorted(found, key=lambda e: (_distance(e, n, k), e.partition(" ")[0] != scheme))
 
 
 def _distance(entry: str, n: int, k: int) -> float:
@@ -146,7 +148,7 @@ def tuned_shapes(
     device: str, section: str, scheme: str, family: str, n: int, k: int, rows: int
 ) -> tuple[tuple[int, ...], ...]:
     """How a kernel may cut its blocks for this many rows, the likeliest first: what was measured for
-    the layer itself, then for layers of the same scheme or family, by distance in n and k."""
+    the layer itself, then for others of the family, by distance in n and k."""
     table = tuned_table(device)[section]
     found = []
     for entry in _alike(table, scheme, family, n, k):
