@@ -157,7 +157,7 @@ class Cutter:
         q = scheme.input.quantize(x)
         scale, zero = (cuda_stream.of_rows(t, x.shape[0]) for t in (q.scale, q.zero))
         if self.widened:
-            return cuda_pipeline.widened(q, x.dtype), scale, None
+            return torch.ops.fxquant.widen(q.codes, q.zero), scale, None
         return q.codes, scale, zero
 
 

@@ -15,8 +15,8 @@ import sympy
 import torch
 
 from ..ops import outputs
-from ..scheme import Quantized, Scheme
-from . import nvrtc
+from ..scheme import Scheme
+from . import nvrtc, triton_widen  # noqa: F401 (defines fxquant::widen)
 from .cuda_cuts import Cut, cut_for, widened_cut_for
 from .cuda_layout import STREAM, Format, format_of
 from .cuda_needs import COMMON, HALF, grouped, stream_holds
@@ -182,15 +182,6 @@ def widened_cost(p: Problem) -> sympy.Expr:
     return estimate(p, operations="bfloat16", memory=0.45, compute=COMPUTE["w4a16"])
 
 
-def widened(q: Quantized, dtype: torch.dtype) -> torch.Tensor:
-    """Codes [m, k] less their zero point: integers up to 255, which bfloat16 holds. In each block the four k
-    of a lane for each half lie as 16-bit products take them out of a word: the even ones, then the odd."""
-    assert q.zero is not None
-    blocks = q.codes.unflatten(-1, (-1, 2, 4, 2, 2))  # half of a block, lane, pair, odd
-    lanes = blocks.permute(0, 1, 5, 2, 3, 4).flatten(1)
-    return lanes - q.zero.to(dtype)
-
-
 @kernel(
     families=["w4a8"],
     device="cuda",
@@ -211,5 +202,5 @@ def cuda_pipeline_w4a8_widened(scheme, x, packed, bias, epilogue):
     activations' integers exactly, and weights are scaled before the product."""
     q, n = scheme.input.quantize(x), packed[1].numel()
     op = torch.ops.fxquant.widened_linear.default
-    codes = widened(q, x.dtype)
+    codes = torch.ops.fxquant.widen.default(q.codes, q.zero)
     return op(codes, q.scale, None, packed, bias, scheme.name, epilogue, n, x.dtype)

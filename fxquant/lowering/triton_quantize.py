@@ -23,6 +23,7 @@ from .triton_launch import (
     tl,
     wait_for_previous_kernel,
 )
+from .triton_widen import in_lanes
 
 LEAST = 1 << 20
 """Values, from which on a kernel of its own is faster."""
@@ -65,9 +66,10 @@ def quantize_rows_kernel(
     x, codes, scale, zero, K,
     INVERSE: tl.constexpr, ASYMMETRIC: tl.constexpr, FLOAT8: tl.constexpr, BLOCK: tl.constexpr,
     SMALLEST: tl.constexpr, LARGEST: tl.constexpr, GATE: tl.constexpr, FUSED: tl.constexpr,
-    OVERLAP: tl.constexpr,
+    WIDENED: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """codes[row, :] of x[row, :K] with the row's scale and zero point. INVERSE: of half the codes' range.
+    WIDENED: codes are those less the zero point, as ``fxquant.widen`` has them.
     GATE: an activation; the row is that of x[row, :K], times x[row, K : 2 K]."""
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
@@ -101,9 +103,12 @@ def quantize_rows_kernel(
                 tl.maximum(-128.0 - nearest(tl.math.div_rn(low, step)), -128.0), 127.0
             )
             center = tl.where(step != step, 0.0, center)
-            tl.store(zero + row, center.to(tl.int32))
+            if not WIDENED:
+                tl.store(zero + row, center.to(tl.int32))
         found = tl.where(found != found, center, found + center)
         found = tl.minimum(tl.maximum(found, -128.0), 127.0)
+    if WIDENED:
+        found = in_lanes(found - center, BLOCK)
     tl.store(codes + row * K + at, found.to(codes.dtype.element_ty), inside)
 
 
@@ -116,17 +121,23 @@ def warps_for(rows: int, values: int, units: int) -> int:
     return 4 if values <= 4096 else min(max(values // 2048, 8), 32)
 
 
-def _fake(x: torch.Tensor, scheme: str, gate: str = "") -> list[torch.Tensor]:
-    return quantize_fake(x, scheme, "input", gate)
+def _fake(
+    x: torch.Tensor, scheme: str, gate: str = "", widened: bool = False
+) -> list[torch.Tensor]:
+    found = quantize_fake(x, scheme, "input", gate)
+    return [found[0].to(torch.bfloat16), found[1]] if widened else found
 
 
-@define('quantize_rows(Tensor x, str scheme, str gate="") -> Tensor[]', _fake)
-def quantize_rows(x: torch.Tensor, scheme: str, gate: str = "") -> list[torch.Tensor]:
+@define('quantize_rows(Tensor x, str scheme, str gate="", bool widened=False) -> Tensor[]', _fake)
+def quantize_rows(
+    x: torch.Tensor, scheme: str, gate: str = "", widened: bool = False
+) -> list[torch.Tensor]:
     """Codes, scale and, for schemes that have one, zero point of x[rows, k], or, with one of GATES, of
-    x[rows, 2 k], as ``fxquant.quantize``; what the gate makes is rounded once, to x's type."""
+    x[rows, 2 k], as ``fxquant.quantize``; what the gate makes is rounded once, to x's type. widened: what
+    ``fxquant.widen`` makes of codes and zero point instead of them, k a multiple of 32."""
     spec = get_scheme(scheme).input
     assert spec is not None
-    found = _fake(x, scheme, gate)
+    found = _fake(x, scheme, gate, widened)
     rows, k = found[0].shape
     if rows and k:
         codes, scale = found[:2]
@@ -140,11 +151,11 @@ def quantize_rows(x: torch.Tensor, scheme: str, gate: str = "") -> list[torch.Te
                 x.contiguous(), codes, scale, found[-1], k,
                 INVERSE=1 / half, ASYMMETRIC=spec.mapping == "asymmetric",
                 FLOAT8=spec.dtype.is_floating_point, BLOCK=block, SMALLEST=SMALLEST, LARGEST=LARGEST,
-                GATE=GATES.get(gate, ""), FUSED=not INTERPRET,
+                GATE=GATES.get(gate, ""), FUSED=not INTERPRET, WIDENED=widened,
                 num_warps=warps_for(rows, block * (2 if gate else 1), units), enable_fp_fusion=False,
                 **overlap(x),
             )  # fmt: skip
-        found[0] = codes.to(spec.codes_dtype)
+        found[0] = codes if widened else codes.to(spec.codes_dtype)
     return found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import fx
 from ..graph import describe, emit, inline, replace, value
 from ..inductor import realize, trace_decomposed
 from ..lowering.triton_quantize import are_many, is_served
+from ..lowering.triton_widen import widen
 from ..ops import quantize, quantize_static, spec_of
 
 aten = torch.ops.aten
@@ -18,6 +20,7 @@ ops = torch.ops.fxquant
 REFERENCES = {
     ops.quantize.default: quantize,
     ops.quantize_static.default: quantize_static,
+    ops.widen.default: widen,
 }
 
 
@@ -32,13 +35,33 @@ def expand(graph: fx.Graph) -> None:
     for target in REFERENCES:
         for node in graph.find_nodes(op="call_function", target=target):
             if target is ops.quantize.default and _has_kernel(node):
-                # a new node: the old one's meta has values for the arguments of the old op
-                with graph.inserting_before(node):
-                    x, scheme, _, gate = _arguments(node)
-                    own = emit(graph, node, ops.quantize_rows.default, x, scheme, gate)
-                replace(node, own)
+                _keep_whole(graph, node)
             else:
                 _expand_one(graph, node, bodies)
+
+
+def _keep_whole(graph: fx.Graph, node: fx.Node) -> None:
+    """One kernel for a ``fxquant.quantize``, and for the ``fxquant.widen`` of all that it makes."""
+    x, scheme, _, gate = _arguments(node)
+    parts = {part.args[1]: part for part in node.users}
+    widened = list(parts[0].users) if {0, 2} <= parts.keys() else []
+    pair = tuple(parts[i] for i in (0, 2)) if widened else ()
+    alone = all(n.target is ops.widen.default and n.args == pair for n in widened)
+    if not widened or not alone or set(pair[1].users) != set(widened):
+        # a new node: the old one's meta has values for the arguments of the old op
+        with graph.inserting_before(node):
+            own = emit(graph, node, ops.quantize_rows.default, x, scheme, gate)
+        replace(node, own)
+        return
+    with graph.inserting_before(node):
+        own = emit(graph, node, ops.quantize_rows.default, x, scheme, gate, True)
+        codes, scale = (emit(graph, node, operator.getitem, own, i) for i in (0, 1))
+    for wide in widened:
+        replace(wide, codes)
+    if 1 in parts:
+        replace(parts[1], scale)
+    for gone in (*pair, node):
+        graph.erase_node(gone)
 
 
 VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)

@@ -128,7 +128,7 @@ def test_widened_activations_meet_their_weights():
     q = oracles.random_sample(scheme, 0, n, k, torch.float32).weight
     codes = torch.randint(-128, 128, (3, k), dtype=torch.int8)
     inputs = Quantized(codes, torch.ones(3, 1), torch.tensor([[5], [-7], [0]]))
-    x = cuda_pipeline.widened(inputs, torch.bfloat16).float()
+    x = torch.ops.fxquant.widen(inputs.codes, inputs.zero).float()
     stream = cuda_layout.pack(scheme, q)[0].view(k // 32, -1)[:, : 16 * 32 // 2]
     words = stream.contiguous().view(torch.int32).view(k // 32, 32, 2)
     weights = torch.zeros(n, k)
