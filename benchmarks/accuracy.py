@@ -53,14 +53,19 @@ def rows_for(subject: str, patterns: Sequence[str]) -> list[Contender]:
     ]
 
 
+class Ended(Exception):
+    """By SIGTERM."""
+
+
 def let_be_ended(args: argparse.Namespace) -> Any:
-    """SIGTERM ends the row that is being measured and lets no other begin: what there is will be saved. A
-    second one ends the process. Returns what answered to it before."""
+    """SIGTERM ends the row that is being measured, or the subject that is being made, and lets no other
+    begin: what there is will be saved. A second one ends the process. Returns what answered to it
+    before."""
 
     def ended(*_: Any) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         args.deadline = -math.inf
-        raise TimeoutError("ended from outside")
+        raise Ended("ended from outside")
 
     return signal.signal(signal.SIGTERM, ended)
 
@@ -86,7 +91,7 @@ def readings(
             if not np.isfinite(values).all():
                 raise ArithmeticError("the losses are not finite")
             found[row.name] = values
-        except TimeoutError:
+        except Ended:
             failed[row.name] = LATE
         except Exception as error:
             failed[row.name] = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
@@ -98,14 +103,20 @@ def readings(
 
 def run(args: argparse.Namespace, name: str) -> tuple[dict[str, Losses], dict[str, Any]]:
     """A subject over all seeds: by measure the losses [seeds, items] of the rows that never failed. Of rows
-    for which time was over, those of the seeds before."""
+    for which time was over, those of the seeds before. Raises Ended, and RuntimeError for a base that
+    fails, in the first seed; a later one that has no base does not count."""
     values: dict[str, list[np.ndarray]] = {}
     failed: dict[str, str] = {}
     seconds: dict[str, float] = {}
     about, models = [], []
     rows = rows_for(name, args.schemes)
     for done, seed in enumerate(args.seeds):
-        subject = SUBJECTS[name](args, seed)
+        try:
+            subject = SUBJECTS[name](args, seed)
+        except Ended:
+            if not done:
+                raise
+            break
         todo = [row for row in rows if len(values.get(row.name, ())) == done]
         known = {}
         if subject.model in models:
@@ -114,6 +125,10 @@ def run(args: argparse.Namespace, name: str) -> tuple[dict[str, Losses], dict[st
         todo = [row for row in todo if row.name not in known]
         mine, wrong, took = readings(subject, todo, f"{name}, seed {seed}", args)
         mine |= known
+        if subject.base not in mine:
+            if not done:
+                raise RuntimeError(f"{subject.base}, the base of {name}: {wrong[subject.base]}")
+            break
         for row, losses in mine.items():
             values.setdefault(row, []).append(losses)
         broken = {row: f"{why} (seed {seed})" for row, why in wrong.items() if why != LATE}
@@ -199,7 +214,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         try:
             found, subjects[name] = run(args, name)
             measured |= found
-        except (ImportError, metadata.PackageNotFoundError) as error:
+        except (ImportError, metadata.PackageNotFoundError, Ended) as error:
             print(f"{name} left out: {error}")
         report["subjects"] = subjects
         report["expectations"] = [

@@ -276,31 +276,24 @@ FUSED = "_post_fusion_custom_pass"
 
 
 class _Waiting(TritonKernel):
-    """Waits for the kernel ahead before its first access, then lets the next one begin (and fetch weights).
+    """Waits for the kernel ahead before anything else, then lets the next one begin (and fetch weights).
     Inductor's own lets it after the last load: at the end, if a row is read twice."""
 
-    def _handle_pdl_before_access(self, wait_buffer, *dependencies, consider_reads=False):
-        if self._enable_pdl_codegen():
-            looped = self.inside_reduction and self.range_trees[-1].is_loop
-            (self.body if looped else wait_buffer).writeline(self.GDC_WAIT)
+    def _handle_pdl_before_access(self, *args, **kwargs):
+        pass
 
-    def _handle_pdl_after_load(self, launch_buffer, result_var):
+    def _handle_pdl_after_load(self, *args):
         pass
 
     def _filter_pdl(self, code):
-        lines: list[Any] = []
-        for line in code._lines:
-            if not isinstance(line, str) or self.GDC_WAIT not in line:
-                lines.append(line)
-            elif not any(isinstance(before, str) and self.GDC_WAIT in before for before in lines):
-                lines += [line, line.replace(self.GDC_WAIT, self.GDC_LAUNCH)]
-        code._lines = lines
+        if self._enable_pdl_codegen():
+            code._lines[:0] = [self.GDC_WAIT, self.GDC_LAUNCH]
 
 
 class _Overlap(_SchedulerPass):
-    """Has kernels overlap by ``_Waiting``, but takes ``OVERLAP`` back where one reads nothing (a mask made of
-    positions): it would not wait, and what follows would wait for the wrong kernel. With the setting off
-    a kernel is launched as ever, after everything before it."""
+    """Has kernels overlap by ``_Waiting``, but takes ``OVERLAP`` back where one is of another kind and might
+    not wait: what follows would wait for the wrong kernel. With the setting off a kernel is launched as
+    ever, after everything before it."""
 
     def __init__(self, tag: str, after: Any):
         self.after = after
@@ -309,23 +302,28 @@ class _Overlap(_SchedulerPass):
     def __call__(self, nodes: list[Any]) -> list[Any]:
         if self.after is not None:
             nodes = self.after(nodes)
-        if not all(map(_reads, nodes)):
-            inductor_config.triton.enable_pdl = False  # until the patches of this compile end
-        for device in {node.get_device() for node in nodes} - {None}:
-            backend = nodes[0].scheduler.get_backend(device)
+        own = [node for node in nodes if isinstance(node, SchedulerNode | FusedSchedulerNode)]
+        waiting = all(map(_waits, own))
+        devices = {device for node in own if (device := node.get_device()) is not None}
+        for device in devices - {torch.device("meta")}:
+            backend = own[0].scheduler.get_backend(device)
             backend = getattr(backend, "_triton_scheduling", backend)
             if isinstance(backend, TritonScheduling):
                 backend.kernel_type = _Waiting  # in this graph alone
+            elif device.type == "cuda":
+                waiting = False
+        if not waiting:
+            inductor_config.triton.enable_pdl = False  # until the patches of this compile end
         return nodes
 
     def uuid(self) -> Any:
         return _uuid(self.tag, _listed(self.after))
 
 
-def _reads(node: Any) -> bool:
-    """Whether a scheduled node is a kernel that loads something, or none of Inductor's own."""
-    own = isinstance(node, SchedulerNode | FusedSchedulerNode)
-    return not own or any(isinstance(d, MemoryDep) for d in node.read_writes.reads)
+def _waits(node: Any) -> bool:
+    """Whether the kernel of a node waits: a split scan has Inductor's own, which does with its first load."""
+    scans = any(part.is_split_scan() for part in node.get_nodes())
+    return not scans or any(isinstance(d, MemoryDep) for d in node.read_writes.reads)
 
 
 def _overlapping(patches: dict[str, Any], tag: str) -> dict[str, Any]:

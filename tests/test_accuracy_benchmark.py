@@ -331,6 +331,34 @@ def test_a_row_keeps_the_seeds_that_it_had_time_for(parts, untrained, tmp_path, 
     )
 
 
+@pytest.mark.parametrize("during", ["the base", "the subject"])
+def test_a_seed_that_is_ended_before_it_has_a_base_does_not_count(
+    during, parts, untrained, tmp_path, monkeypatch
+):
+    made, convert, outliers = [], parts.main.convert, parts.main.SUBJECTS["outliers"]
+
+    def subject(args, seed):
+        made.append(seed)
+        if during == "the subject" and len(made) == 3:
+            signal.raise_signal(signal.SIGTERM)
+        return outliers(args, seed)
+
+    def converted(row, calibration):
+        if during == "the base" and len(made) == 3 and row.name == "float32":
+            signal.raise_signal(signal.SIGTERM)
+        return convert(row, calibration)
+
+    monkeypatch.setitem(parts.main.SUBJECTS, "outliers", subject)
+    monkeypatch.setattr(parts.main, "convert", converted)
+    words = "--subjects outliers --size small --schemes int8wo --out"
+    parts.main.main([*words.split(), str(tmp_path)])
+    found = json.loads((tmp_path / "accuracy_cpu.json").read_text())["subjects"]["outliers"]
+    assert {row["name"]: len(row["delta_by_seed"]) for row in found["rows"]} == {
+        "float32": 2, "bf16": 2, "int8wo": 2
+    }  # fmt: skip
+    assert len(found["about"]) == 2 and not found["failed"]
+
+
 def test_rows_for_cuda_are_left_out_without_it(parts):
     rows = parts.main.rows_for("plain", ["torchao int4*"])
     assert {row.library for row in rows} == {"float", "torchao"}

@@ -313,10 +313,15 @@ def test_faults_are_refused(name: str) -> None:
     assert kernel.cost(problem(**good)).subs("M", 1) > 0
 
 
+@pytest.mark.parametrize("worth", [0, 1 << 24])
 @pytest.mark.parametrize("rows", [128, 129, 200, 255, 256])
-def test_rows_beside_the_padded_ones_do_not_matter(rows: int, monkeypatch) -> None:
+def test_rows_beside_the_padded_ones_do_not_matter(rows: int, worth: int, monkeypatch) -> None:
     """``_scaled_mm`` runs on the CPU too: each row is that of a product of its own."""
-    monkeypatch.setattr(cuda_aten, "WORTH_PADDING", 0)
+    monkeypatch.setattr(cuda_aten, "WORTH_PADDING", worth)
+    seen, product = [], torch._scaled_mm
+    monkeypatch.setattr(
+        torch, "_scaled_mm", lambda x, *a, **k: (seen.append(len(x)), product(x, *a, **k))[1]
+    )
     scheme, kernel = get_scheme("fp8dq"), KERNELS["scaled_mm"]
     random = torch.Generator().manual_seed(rows)
     q = scheme.weight.quantize_weight(torch.randn(48, 64, generator=random).to(DEVICE))
@@ -325,5 +330,5 @@ def test_rows_beside_the_padded_ones_do_not_matter(rows: int, monkeypatch) -> No
     y = kernel.compute(scheme, x, [q.codes, q.scale], bias, "")
     wanted = scheme.input.quantize(x)
     exact = (wanted.codes.double() @ q.codes.double().t()) * wanted.scale * q.scale.t() + bias
-    assert y.shape == (rows, 48)
+    assert y.shape == (rows, 48) and seen == [256 if rows > 128 and not worth else rows]
     torch.testing.assert_close(y.double(), exact, rtol=2**-7, atol=2**-6)
