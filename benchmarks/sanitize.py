@@ -162,6 +162,7 @@ def page(report: dict[str, Any]) -> str:
     ]
     table = tabulate(lines, ("case", *tools), tablefmt="github", disable_numparse=True)
     parts = [f"# Kernels under compute-sanitizer\n\n{head}\n\n{verdict}\n", f"{table}\n"]
+    parts += [f"{report['note']}\n"] if "note" in report else []
     for tool, found in tools.items():
         texts = [(name, t) for name, case in found["cases"].items() for t in case["reports"]]
         texts += [("outside of the cases", t) for t in found["outside"]]

@@ -81,8 +81,9 @@ def quantize_rows_kernel(
         first = tl.load(x + row * 2 * K + at, inside, 0.0).to(tl.float32)
         second = tl.load(x + row * 2 * K + K + at, inside, 0.0).to(tl.float32)
         values = (activate(first, GATE) * second).to(x.dtype.element_ty).to(tl.float32)
-    # As integers the bits of a NaN are larger than those of all numbers, which they order as they are.
-    largest = tl.max(tl.abs(values).to(tl.int32, bitcast=True), 0).to(tl.float32, bitcast=True)
+    # Without their sign, bits order all numbers as integers; those of a NaN are larger.
+    bits = values.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+    largest = tl.max(bits, 0).to(tl.float32, bitcast=True)
     radius = largest
     if ASYMMETRIC:
         low = tl.minimum(tl.min(values, 0), 0.0)

@@ -87,6 +87,7 @@ ROWS = {
     "tiny": [1e-38, -2e-39, 0.0, 1e-40],
     "large": [3e38, -3e38, 1e38, 0.0],
     "nan": [1.0, NAN, 2.0, -3.0],
+    "negative nan": [1.0, -NAN, 2.0, -3.0],
     "infinite": [1.0, INF, 2.0, -3.0],
     "both": [INF, -INF, NAN, 0.0],
 }
