@@ -3,7 +3,8 @@
 Xiao et al. 2023 (arXiv 2211.10438), equation 4: input channel j of a linear is divided by
 ``s_j = max|X_j|**alpha / max|W_j|**(1 - alpha)``, its weights are multiplied by it, and the float model
 is what it was. Which linears share a scale and what takes up its inverse is read from the graph: from
-the input of a linear back through whatever leaves channels alone to a norm, a linear or a product. Where
+the input of a linear back through whatever leaves channels alone to a norm, a linear or a product, and
+through an attention to its values. Where
 nothing can take it up, or something else reads the same value, the division is a node of its own.
 """
 
@@ -34,6 +35,7 @@ from ..graph import (
 from ..inductor import trace_function
 from ..recipe import Recipe
 from ..scheme import get_scheme
+from .attention import values_of
 from .base import Pass
 from .folding import folds
 
@@ -186,6 +188,8 @@ def _absorbers(node: fx.Node, constant: Mapping[fx.Node, Any]) -> list[tuple[fx.
         factors = [a for a in node.args[:2] if isinstance(a, fx.Node) and a not in constant]
         ways = (_absorbers(_root(a), constant) for a in factors if _alone(a, node, channels))
         return next(filter(None, ways), [])
+    if (found := values_of(node)) is not None and _alone(*found, value(node).shape[-1]):
+        return _absorbers(_root(found[0]), constant)
     return []
 
 
@@ -198,7 +202,7 @@ def _alone(arg: fx.Node, user: fx.Node, channels: int) -> bool:
         if len(node.users) != 1:
             return False
         (node,) = node.users
-    return list(arg.users) == [user] and user.args[:2].count(arg) == 1
+    return list(arg.users) == [user] and list(user.args).count(arg) == 1
 
 
 def _all_constant(

@@ -54,7 +54,7 @@ def test_groups_and_what_absorbs_them_are_read_from_the_graph():
     found = {tuple(g.names): [str(n.target) for n, _ in g.absorbs] for g in groups_of(gm)}
     assert found == {
         ("q", "k", "v"): ["aten.mul.Tensor"],
-        ("o",): [],
+        ("o",): ["aten.linear.default"] * 2,
         ("gate", "up"): ["aten.layer_norm.default"] * 2,
         ("down",): ["aten.linear.default"] * 2,
     }
