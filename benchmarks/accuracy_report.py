@@ -20,8 +20,9 @@ predictions from the row's. Rounding may by luck help the loss, whose first deri
 held-out text; it never helps the divergence, which therefore tells small losses apart. lm_head and the
 embedding stay float, as in the literature. Where no norm or linear can take up the inverse of
 a smoothing scale (o_proj, whose query heads share values; in MiniLM, whose norms feed the residual sum
-too, all layers but the attention's output) layers divide their inputs; AWQ leaves such layers alone. "compiled" rows run the kernels, all others eagerly the
-reference arithmetic of their library. Outliers: 2 % of each norm's channels times 64, the columns that
+too, all layers but the attention's output) layers divide their inputs; AWQ leaves such layers alone.
+"compiled" rows run the kernels, all others eagerly the reference arithmetic of their library.
+Outliers: 2 % of each norm's channels times 64, the columns that
 read them divided by 64; this enlarges activations and makes weights small, so that weight-only schemes
 suffer too, and SmoothQuant's scale (equation 4) is exactly what undoes it, for every alpha. MiniLM:
 cosine of the embeddings to float32's, calibrated on texts other than those measured; worst of texts and
