@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -128,23 +128,27 @@ def with_outliers(args: argparse.Namespace, seed: int) -> Subject:
     return _language(args, seed, outliers=True)
 
 
+def tokenized(chosen: Sequence[str], model: Any) -> list[dict[str, torch.Tensor]]:
+    """Texts as batches of the demo's size, as the model's own tokenizer has them."""
+    import transformers
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model.config._name_or_path)
+    options = {"padding": "max_length", "truncation": True, "max_length": TOKENS}
+    parts = [chosen[i : i + BATCH] for i in range(0, len(chosen), BATCH)]
+    return [dict(tokenizer(part, return_tensors="pt", **options)) for part in parts]
+
+
 @torch.no_grad()
 def sentences(args: argparse.Namespace, seed: int) -> Subject:
     """MiniLM's embeddings of the demo's texts; calibrated on other ones. Raises ImportError and
     PackageNotFoundError without it."""
-    import transformers
-
     subject = minilm()
     model, where = subject.model.to(device()), device()
     inputs = {k: v.to(where) for k, v in subject.inputs.items()}
     others = [t for t in texts(CANDIDATES) if t not in set(texts(BATCH))]
     chosen = torch.randperm(len(others), generator=torch.Generator().manual_seed(seed))
-    tokenizer = transformers.AutoTokenizer.from_pretrained(model.config._name_or_path)
-    options = {"padding": "max_length", "truncation": True, "max_length": TOKENS}
-    batches = []
-    for part in chosen[: 2 * BATCH].split(BATCH):
-        found = tokenizer([others[i] for i in part], return_tensors="pt", **options)
-        batches.append({k: v.to(where) for k, v in found.items()})
+    seen = tokenized([others[i] for i in chosen[: 2 * BATCH]], model)
+    batches = [{k: v.to(where) for k, v in batch.items()} for batch in seen]
     wanted = subject.embed(model(**inputs), inputs)
 
     @torch.no_grad()

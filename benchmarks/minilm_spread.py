@@ -21,23 +21,17 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-import transformers
 from accuracy_contenders import MINILM, Calibration, convert
 from accuracy_data import standard_library
+from accuracy_expectations import WORST_COSINES
+from accuracy_subjects import tokenized
 from tabulate import tabulate
 from torch import nn
 
 from fxquant.affine import choose_qparams_affine, dequantize_affine, quantize_affine
-from fxquant.demo import BATCH, TOKENS, minilm, texts
+from fxquant.demo import BATCH, minilm, texts
 
 MEASURED, DRAWS = 200, 4000
-BOUNDS = {
-    "int8wo": 0.9993,
-    "int8dq": 0.9972,
-    "int8dq smooth 0.6": 0.9989,
-    "int8dq smooth auto": 0.9990,
-}
-"""What accuracy.py expects of the worst of 16."""
 
 
 def docstrings() -> list[str]:
@@ -50,13 +44,6 @@ def docstrings() -> list[str]:
     known = set(texts(10 * BATCH))
     chosen = sorted(doc for doc in found - known if len(doc) > 400)
     return [chosen[i] for i in np.random.default_rng(0).permutation(len(chosen))]
-
-
-def inputs_of(chosen: list[str], name: str) -> list[dict[str, torch.Tensor]]:
-    tokenizer = transformers.AutoTokenizer.from_pretrained(name)
-    options = {"padding": "max_length", "truncation": True, "max_length": TOKENS}
-    parts = [chosen[i : i + BATCH] for i in range(0, len(chosen), BATCH)]
-    return [dict(tokenizer(part, return_tensors="pt", **options)) for part in parts]
 
 
 def over_127(x: torch.Tensor) -> torch.Tensor:
@@ -100,8 +87,7 @@ def main() -> None:
     model = subject.model.eval()
     others = docstrings()
     seen, unseen = others[: 2 * BATCH], others[2 * BATCH :][:MEASURED]
-    name = model.config._name_or_path
-    measured = [{k: v for k, v in subject.inputs.items()}, *inputs_of(unseen, name)]
+    measured = [subject.inputs, *tokenized(unseen, model)]
     wanted = [subject.embed(model(**batch), batch).double() for batch in measured]
 
     def cosines(candidate: nn.Module) -> np.ndarray:
@@ -111,15 +97,15 @@ def main() -> None:
         return torch.cat([F.cosine_similarity(a, b) for a, b in pairs]).numpy()
 
     drawn = np.random.default_rng(0).integers(len(unseen), size=(DRAWS, BATCH))
-    calibration = Calibration(model, inputs_of(seen, name), lambda scheme: scheme)
+    calibration = Calibration(model, tokenized(seen, model), lambda scheme: scheme)
     lines = []
-    for row in [r for r in MINILM if r.name in BOUNDS]:
+    for row in [r for r in MINILM if r.name in WORST_COSINES]:
         found = cosines(convert(row, calibration))
         worst = found[BATCH:][drawn].min(1)
         low, middle, high = np.quantile(worst, (0.05, 0.5, 0.95))
-        met = f"{100 * (worst >= BOUNDS[row.name]).mean():.0f} %"
+        met = f"{100 * (worst >= WORST_COSINES[row.name]).mean():.0f} %"
         cells = (found[:BATCH].min(), found[BATCH:].mean(), low, middle, high)
-        lines.append([row.name, *(f"{c:.5f}" for c in cells), BOUNDS[row.name], met])
+        lines.append([row.name, *(f"{c:.5f}" for c in cells), WORST_COSINES[row.name], met])
         print(lines[-1], flush=True)
     headers = [
         "",

@@ -127,8 +127,7 @@ class _Blocks:
             return x.new_zeros(self.counts)
         if not self.within:  # where amin would reduce over everything
             return x
-        found = reduction(self.split(x), self.within, keepdim=True)
-        return found if len(self.view) == len(self.counts) else found.reshape(self.counts)
+        return self.join(reduction(self.split(x), self.within, keepdim=True), self.counts)
 
 
 def _compute_dtype(*tensors: torch.Tensor) -> torch.dtype:
@@ -177,9 +176,9 @@ def choose_qparams_affine(
 
     Returns (scale, zero_point or None), one entry per block, in the rank of ``x``.
 
-    An all-zero block has scale 1; a constant one is exact, up to the rounding of its qparams, where
-    the range is not widened. Scales are clamped to the normal numbers of ``scale_dtype``. A block
-    that holds NaN or an infinity has a NaN scale, so that all of it dequantizes to NaN.
+    An all-zero block has scale 1; a constant one is exact, up to the rounding of its qparams, where the range
+    is not widened. Scales are clamped to the normal numbers of ``scale_dtype``. One that holds NaN or an
+    infinity has a NaN scale, so that all of it dequantizes to NaN.
 
     Raises InvalidBlockSize, InvalidOption, UnsupportedDtype (``x`` is not floating point).
     """
@@ -195,13 +194,12 @@ def choose_qparams_affine(
     widen = mapping != "asymmetric" or (zero_point_domain != "none" and preserve_zero)
 
     compute, blocks = _compute_dtype(x), _Blocks(x.shape, block_size)
-    if mapping == "symmetric":  # one reduction, and few ops: a compiler sees them at every linear
+    if mapping == "symmetric":  # few ops: a compiler sees them at every linear
         radius = blocks.reduce(x.abs(), torch.amax).to(compute)
     else:
         low, high = (blocks.reduce(x, end).to(compute) for end in (torch.amin, torch.amax))
-        if widen:
-            low, high = low.clamp(max=0), high.clamp(min=0)
-        # Halving is exact, so this is (max - min) / (qmax - qmin) bit for bit, without its overflow.
+        low, high = (low.clamp(max=0), high.clamp(min=0)) if widen else (low, high)
+        # Halving is exact: (max - min) / (qmax - qmin) bit for bit, without its overflow.
         radius = high / 2 - low / 2 if mapping == "asymmetric" else torch.maximum(-low, high)
     scale = radius / ((qmax - qmin) / 2)
     if mapping == "symmetric_no_clipping_err":
@@ -280,10 +278,10 @@ def quantize_affine(
 ) -> torch.Tensor:
     """Codes of ``x``, in its shape and contiguous: int8, uint8 or float8, saturated at the ends.
 
-    ``scale`` and ``zero_point`` are those of ``choose_qparams_affine``. Integer codes multiply by
-    ``1 / scale`` as rounded to float32 (a symmetric block's largest value lies on a half, where
-    that decides); float8 and the float domain divide by ``scale``. NaN stays NaN in float8;
-    integers have no code for it, and it becomes the code of zero (of the zero point, if float).
+    ``scale`` and ``zero_point``: those of ``choose_qparams_affine``. Integer codes multiply by ``1 / scale``
+    rounded to float32 (a symmetric block's largest value lies on a half, where that decides); float8 and the
+    float domain divide by it. NaN stays NaN in float8; as an integer it becomes the code of zero (or of a
+    float zero point).
 
     Raises InvalidBlockSize, InvalidOption, ShapeMismatch.
     """

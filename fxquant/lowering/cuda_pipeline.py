@@ -16,7 +16,7 @@ import torch
 
 from ..ops import outputs
 from ..scheme import Scheme
-from . import nvrtc, triton_widen  # noqa: F401 (defines fxquant::widen)
+from . import nvrtc
 from .cuda_cuts import Cut, cut_for, widened_cut_for
 from .cuda_layout import STREAM, Format, format_of
 from .cuda_needs import COMMON, HALF, grouped, stream_holds

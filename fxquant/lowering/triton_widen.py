@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 
 from ..ops import define
-from .triton_launch import LIBRARY, jit, overlap, tl, wait_for_previous_kernel
+from .triton_launch import HAS_TRITON, LIBRARY, jit, overlap, tl, wait_for_previous_kernel
 
 BLOCK = (2, 4, 2, 2)
 """Of k: the half, the lane, the pair, and which of the pair."""
@@ -57,4 +57,5 @@ def launch(codes: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
     return out
 
 
-LIBRARY.impl("widen", launch, "CUDA")
+if HAS_TRITON:  # torch's operators serve without it
+    LIBRARY.impl("widen", launch, "CUDA")

@@ -4,8 +4,8 @@ Xiao et al. 2023 (arXiv 2211.10438), equation 4: input channel j of a linear is 
 ``s_j = max|X_j|**alpha / max|W_j|**(1 - alpha)``, its weights are multiplied by it, and the float model
 is what it was. Which linears share a scale and what takes up its inverse is read from the graph: from
 the input of a linear back through whatever leaves channels alone to a norm, a linear or a product, and
-through an attention to its values. Where
-nothing can take it up, or something else reads the same value, the division is a node of its own.
+through an attention to its values. Where nothing can take it up, or something else reads the same value,
+the division is a node of its own.
 """
 
 from __future__ import annotations

@@ -44,7 +44,8 @@ def _keep_whole(graph: fx.Graph, node: fx.Node) -> None:
     """One kernel for a ``fxquant.quantize``, and for the ``fxquant.widen`` of all that it makes."""
     x, scheme, _, gate = _arguments(node)
     parts = {part.args[1]: part for part in node.users}
-    widened = list(parts[0].users) if {0, 2} <= parts.keys() else []
+    apart = {0, 2} <= parts.keys() and len(parts) == len(node.users)
+    widened = list(parts[0].users) if apart else []
     pair = tuple(parts[i] for i in (0, 2)) if widened else ()
     alone = all(n.target is ops.widen.default and n.args == pair for n in widened)
     if not widened or not alone or set(pair[1].users) != set(widened):
