@@ -176,7 +176,7 @@ _WIDENED = replace(
 )
 CUTTERS = {
     **dict.fromkeys(("cuda_w4a16", "cuda_w8a16", "cuda_w4a8", "cuda_w8a8"), _STREAM),
-    **dict.fromkeys(("cuda_pipeline", "cuda_pipeline_w4a8"), _PIPELINE),
+    **dict.fromkeys(("cuda_pipeline", "cuda_pipeline_w4a8", "cuda_pipeline_w8a8"), _PIPELINE),
     "cuda_pipeline_w4a8_widened": _WIDENED,
 }
 

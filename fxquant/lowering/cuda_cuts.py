@@ -50,6 +50,7 @@ class Cut(NamedTuple):
             1,
             self.blocks,
             self.splits,
+            1,
         )
 
     @property
@@ -81,7 +82,8 @@ class Cut(NamedTuple):
 
     def sums(self, form: Format) -> int:
         """Registers of a thread that hold sums, those still being made of integers included."""
-        parts = (2 if self.tokens <= 64 else 1) if form.chunk and form.x_bits == 8 else 0
+        apart = form.x_bits == 8 and (form.chunk or form.float8)
+        parts = (2 if self.tokens <= 64 else 1) if apart else 0
         return (self.row_tiles + parts) * self.tokens // 2
 
     def tiles(self, n: int, rows: int) -> int:
@@ -113,8 +115,8 @@ class Cut(NamedTuple):
 
     def fits(self, form: Format, k: int) -> bool:
         """Whether the kernel can be cut like this."""
-        fits = k % self.step == 0 and self.step % form.unit == 0 and not form.row_major
-        fits = fits and self.shape.fits_wgmma(form) and self.tokens % 16 == 0
+        fits = k % self.step == 0 and self.shape.holds(form) and self.shape.fits_wgmma(form)
+        fits = fits and self.tokens % 16 == 0
         fits = fits and self.row_tiles * self.warpgroups <= 8 and self.tokens <= 256
         fits = fits and self.sums(form) + SPARE <= self.registers
         fits = (

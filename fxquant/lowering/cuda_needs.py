@@ -7,7 +7,7 @@ import torch
 from . import nvrtc
 from .cuda_layout import BLOCK
 from .kernel import Problem, activations_in, has_feature, multiple_of
-from .triton_launch import weight_bytes
+from .triton_launch import input_is, k_at_most, weight_bytes, weight_is
 
 
 def compiles(p: Problem) -> str | None:
@@ -44,3 +44,10 @@ def addressable(p: Problem) -> str | None:
 
 
 COMMON = (compiles, has_feature("hopper"), multiple_of("k", BLOCK), addressable)
+
+UNZEROED = (
+    weight_is("channel", "none"),
+    input_is("none"),
+    k_at_most(131071, "the int32 sum could overflow"),
+)
+"""Sums of 8-bit products that a scale of each row and channel makes the result."""

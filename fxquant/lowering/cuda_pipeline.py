@@ -18,32 +18,33 @@ from ..ops import outputs
 from ..scheme import Scheme
 from . import nvrtc
 from .cuda_cuts import Cut, cut_for, widened_cut_for
-from .cuda_layout import STREAM, Format, format_of
-from .cuda_needs import COMMON, HALF, grouped, stream_holds
+from .cuda_layout import STREAM, TILE, Format, format_of
+from .cuda_needs import COMMON, HALF, UNZEROED, grouped, stream_holds
 from .cuda_stream import (
     FINISHES,
     compile_linear,
     define_linear,
     text_of,
-    warpgroup_product,
 )
+from .cuda_wgmma import warpgroup_product
+from .dequantize import LAYOUT as ROW_MAJOR
 from .devices import device_row
 from .kernel import Problem, activations_in, kernel, multiple_of
 from .triton_launch import estimate, input_is
 
-SOURCES = (
-    "constants.cuh",
-    "ptx.cuh",
-    "unpack.cuh",
-    "multiply.cuh",
-    "epilogue.cuh",
-    "pipeline.cu",
-)
-
 
 def source(form: Format, cut: Cut, half: bool) -> str:
     """The text of ``pipeline_linear``."""
-    return warpgroup_product(form, cut.tokens, half) + text_of(*SOURCES)
+    multiply = "multiply_whole.cuh" if form.row_major else "multiply.cuh"
+    return warpgroup_product(form, cut.tokens, half, form.row_major) + text_of(
+        "constants.cuh",
+        "ptx.cuh",
+        "unpack.cuh",
+        "products.cuh",
+        multiply,
+        "epilogue.cuh",
+        "pipeline.cu",
+    )
 
 
 @lru_cache(maxsize=4096)
@@ -104,17 +105,18 @@ def run(
     """One launch, cut as ``cut``: y[m, n] (of GATES [m, n / 2]) of contiguous x[m, k], x_scale float32 [m]
     and x_zero int32 [m]."""
     packing, (m, k) = format_of(scheme), x.shape
-    form, per_row = packing.taking(x.dtype), packed[1]
+    form, per_row = packing.taking(x.dtype), packed[1].float().reshape(-1)
     w_scale, w_sum = (None, per_row) if packing.x_zero else (per_row, None)
     device = x.device.index
     types = (x.dtype, dtype, None if bias is None else bias.dtype)
     call = compiled(form, cut, *types, epilogue, device)
     y = x.new_empty(m, outputs(n, epilogue), dtype=dtype)
-    box = tensor_map(x.data_ptr(), m, k * x.element_size(), cut.tokens)
+    maps = tensor_map(x.data_ptr(), m, k * x.element_size(), cut.tokens)
+    maps += tensor_map(packed[0].data_ptr(), n, k, TILE) if form.row_major else bytes(128)
     pointers = (x_scale, x_zero, packed[0], w_scale, w_sum, bias, y)
     addresses = (0 if t is None else t.data_ptr() for t in pointers)
-    arguments = box + struct.pack("<7Q3i", *addresses, m, n, k)
-    arguments += bytes(-len(arguments) % 64)  # the map aligns the whole
+    arguments = maps + struct.pack("<7Q3i", *addresses, m, n, k)
+    arguments += bytes(-len(arguments) % 64)  # the maps align the whole
     tiles = cut.tiles(n, m)
     blocks = device_row(x.device).units * cut.blocks
     grid = min(tiles, blocks) if cut.splits == 1 else tiles * cut.splits
@@ -133,14 +135,18 @@ def whole_rows(p: Problem) -> str | None:
     return None if p.k % row == 0 else f"k = {p.k} is not a multiple of {row}"
 
 
-COMPUTE = {"w4a16": 0.66, "w2a16": 0.66, "w8a16": 0.68, "wf8a16": 0.66, "w4a8": 0.6}
+COMPUTE = {
+    **{"w4a16": 0.66, "w2a16": 0.66, "w8a16": 0.68, "wf8a16": 0.66},
+    **{"w4a8": 0.6, "w8a8": 0.6, "wf8af8": 0.5},
+}
 """Fraction of the peak by family, 2048 x 28672 x 4096 on an H200."""
 
 
 def cost(p: Problem) -> sympy.Expr:
-    operations = "bfloat16" if p.scheme.input is None else "int8"
+    x = p.scheme.input
+    operations = "bfloat16" if x is None else "float8" if x.dtype.is_floating_point else "int8"
     compute = COMPUTE[p.scheme.family]
-    if p.scheme.weight.group_size == 32 and p.scheme.input is not None:
+    if p.scheme.weight.group_size == 32 and x is not None:
         compute *= 0.42  # a sum leaves the tensor core after every 32 products
     return estimate(p, operations=operations, memory=0.45, compute=compute)
 
@@ -204,3 +210,18 @@ def cuda_pipeline_w4a8_widened(scheme, x, packed, bias, epilogue):
     op = torch.ops.fxquant.widened_linear.default
     codes = torch.ops.fxquant.widen.default(q.codes, q.zero)
     return op(codes, q.scale, None, packed, bias, scheme.name, epilogue, n, x.dtype)
+
+
+@kernel(
+    families=["w8a8", "wf8af8"],
+    device="cuda",
+    layout=ROW_MAJOR,
+    cost=cost,
+    needs=[*COMMON, HALF, whole_rows, *UNZEROED],
+    epilogues=FINISHES,
+    faults=[{"dtype": torch.float32}, {"k": 131072}, {"k": 64}],
+)
+def cuda_pipeline_w8a8(scheme, x, packed, bias, epilogue):
+    q, n = scheme.input.quantize(x), packed[0].shape[0]
+    op = torch.ops.fxquant.pipeline_linear.default
+    return op(q.codes, q.scale, None, packed, bias, scheme.name, epilogue, n, x.dtype)

@@ -19,7 +19,8 @@ from ..ops import GATES, outputs
 from ..scheme import Scheme, get_scheme
 from . import nvrtc
 from .cuda_layout import STREAM, TILE, Format, format_of
-from .cuda_needs import ANY_FLOAT, COMMON, HALF, grouped
+from .cuda_needs import ANY_FLOAT, COMMON, HALF, UNZEROED, grouped
+from .cuda_wgmma import warpgroup_product
 from .dequantize import LAYOUT as ROW_MAJOR
 from .devices import device_row
 from .hopper import SHARED_LIMIT, taken
@@ -29,7 +30,6 @@ from .triton_launch import (
     LIBRARY,
     estimate,
     input_is,
-    k_at_most,
     weight_is,
 )
 from .tuning import is_measured, remembered, tuned_shapes
@@ -60,6 +60,7 @@ class Shape(NamedTuple):
     warpgroup: int = 0
     blocks: int = 1
     splits: int = 1
+    fetched: int = 0
 
     @property
     def threads(self) -> int:
@@ -72,7 +73,11 @@ class Shape(NamedTuple):
     def stage_bytes(self, form: Format) -> int:
         """Bytes of one stage of the pipeline."""
         row = self.step * form.x_bits // 8
-        tile = TILE * (row + 16) if form.row_major else self.step // form.unit * form.unit_bytes
+        if form.row_major:
+            tile = TILE * (row if self.fetched else row + 16)
+        else:
+            units = -(-self.step // form.unit)
+            tile = self.step * TILE * form.bits // 8 + units * form.qparam_bytes
         stage = self.warps_n * self.row_tiles * tile
         stage += self.tokens * (row if self.warpgroup else row + 16)
         return -(-stage // 1024) * 1024 if self.warpgroup else stage
@@ -95,41 +100,23 @@ class Shape(NamedTuple):
 
     def fits(self, form: Format, k: int) -> bool:
         """Whether the kernel can be cut like this."""
-        fits = k % self.step == 0 and self.step % form.unit == 0 and self.threads <= 1024
+        fits = k % self.step == 0 and self.holds(form) and self.threads <= 1024
         fits = fits and self.shared(form) * self.blocks <= SHARED_LIMIT
         return fits and (self.fits_wgmma(form) if self.warpgroup else self.stages >= 2)
 
+    def holds(self, form: Format) -> bool:
+        """Whether a stage has whole units of the stream, or if the copy engine fetches it a part of one."""
+        return self.step % form.unit == 0 or (self.fetched and form.unit % self.step == 0)
+
     def fits_wgmma(self, form: Format) -> bool:
         """Four warps a group, rows of 128 bytes, numbers of columns that the instruction has, and a stage
-        more. Its float8 sums have 14 bits: those stay with mma."""
+        more. Its float8 sums have 14 bits: those stay with mma, unless they are moved on in time."""
         row, columns = (
             self.step * form.x_bits // 8,
             8 if form.x_bits == 16 or self.tokens <= 32 else 16,
         )
         shaped = self.warps_n % 4 == 0 and row % 128 == 0 and self.tokens % columns == 0
-        return shaped and self.stages >= 3 and not (form.float8 and form.x_bits == 8)
-
-
-def warpgroup_product(form: Format, tokens: int, half: bool) -> str:
-    """The C++ function for ``wgmma`` with the left operand in registers and ``tokens`` columns."""
-    if form.x_bits == 16:
-        kind, depth, c, tail = "f16" if half else "bf16", 16, "float", ", 1, 1, 0"
-        types = f"f32.{kind}.{kind}"
-    else:
-        depth, c, tail, types = 32, "int", "", "s32.s8.s8"
-    count = tokens // 2
-    sums = ",".join(f"%{i}" for i in range(count))
-    left = ",".join(f"%{count + i}" for i in range(4))
-    letter = "f" if c == "float" else "r"
-    outputs = ", ".join(f'"+{letter}"(d[{i // 4}][{i % 4}])' for i in range(count))
-    return (
-        f"__device__ __forceinline__ void product64({c} (&d)[{tokens // 8}][4],"
-        " const unsigned (&a)[4], unsigned long long b, int keep) {\n"
-        f'  asm volatile("{{ .reg .pred p; setp.ne.b32 p, %{count + 5}, 0;'
-        f" wgmma.mma_async.sync.aligned.m64n{tokens}k{depth}.{types}"
-        f' {{{sums}}}, {{{left}}}, %{count + 4}, p{tail}; }}"\n'
-        f'  : {outputs} : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(keep));\n}}\n'
-    )
+        return shaped and self.stages >= 3 and (self.fetched or not form.float8 or form.x_bits != 8)
 
 
 @remembered
@@ -175,7 +162,13 @@ def source(form: Format, shape: Shape, half: bool) -> str:
     """The text of ``stream_linear``: one function of it depends on the number of tokens."""
     head = warpgroup_product(form, shape.tokens, half) if shape.warpgroup else ""
     return head + text_of(
-        "constants.cuh", "ptx.cuh", "unpack.cuh", "multiply.cuh", "epilogue.cuh", "stream.cu"
+        "constants.cuh",
+        "ptx.cuh",
+        "unpack.cuh",
+        "products.cuh",
+        "multiply.cuh",
+        "epilogue.cuh",
+        "stream.cu",
     )
 
 
@@ -366,13 +359,7 @@ def cuda_w4a8(scheme, x, packed, bias, epilogue):
     device="cuda",
     layout=ROW_MAJOR,
     cost=cost,
-    needs=[
-        *COMMON,
-        ANY_FLOAT,
-        weight_is("channel", "none"),
-        input_is("none"),
-        k_at_most(131071, "the int32 sum could overflow"),
-    ],
+    needs=[*COMMON, ANY_FLOAT, *UNZEROED],
     epilogues=FINISHES,
     faults=[{"dtype": torch.float64}, {"k": 131072}, {"k": 40}],
 )

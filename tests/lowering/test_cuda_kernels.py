@@ -45,6 +45,7 @@ STREAM = {
     "cuda_pipeline": [
         "int4wo-32",
         "int4wo-64-sym",
+        "int4wo-128",
         "int4wo-256",
         "int3wo-64",
         "int2wo-64",
@@ -53,6 +54,7 @@ STREAM = {
     ],
     "cuda_pipeline_w4a8": ["8da4w-32", "8da4w-128", "8da4w-256"],
     "cuda_pipeline_w4a8_widened": ["8da4w-32", "8da4w-256"],
+    "cuda_pipeline_w8a8": ["int8dq", "fp8dq"],
     "cuda_dequantize": [
         "int4wo-32",
         "int4wo-256-sym",
@@ -168,12 +170,12 @@ def test_every_form_compiles_for_hopper(scheme, gated):
         constants = cuda_stream.defines(form, shape, **more)
         text = cuda_stream.source(form, shape, False)
         assert nvrtc.compile_source(text, dict(constants), "sm_90a")[:4] == b"\x7fELF"
+    cut = cuda_cuts.cut_for(get_scheme(scheme), 4096, 4096, 64, "none")
+    shape = cut.shape
+    constants = cuda_stream.defines(form, shape, **more)
+    text = cuda_pipeline.source(form, cut, False)
+    assert nvrtc.compile_source(text, dict(constants), "sm_90a")[:4] == b"\x7fELF"
     if not form.row_major:
-        cut = cuda_cuts.cut_for(get_scheme(scheme), 4096, 4096, 64, "none")
-        shape = cut.shape
-        constants = cuda_stream.defines(form, shape, **more)
-        text = cuda_pipeline.source(form, cut, False)
-        assert nvrtc.compile_source(text, dict(constants), "sm_90a")[:4] == b"\x7fELF"
         if form.x_bits == 8:
             wide = form.taking(torch.bfloat16)
             cut = cuda_cuts.widened_cut_for(get_scheme(scheme), 4096, 4096, 300, "none")
@@ -223,8 +225,7 @@ def test_cuts_fit_and_cover_all_rows():
         found = tuner.stream_cuts(get_scheme(scheme), 4096, k, rows)
         assert bool(found) == (rows <= 256) and all(s.fits(form, k) for s in found)
         found = tuner.pipeline_cuts(get_scheme(scheme), 4096, k, rows)
-        assert bool(found) == (rows > 8 and not form.row_major)
-        assert all(s.fits(form, k) for s in found)
+        assert bool(found) == (rows > 8) and all(s.fits(form, k) for s in found)
 
 
 def test_tiles_share_the_rows_evenly():
@@ -272,6 +273,31 @@ def test_wgmma_takes_only_what_the_instruction_has():
     assert not good.fits(half, 4096 + 64), "k is not whole steps"
 
 
+def test_the_copy_engine_brings_parts_of_units():
+    """A group of 128 by halves, which leaves room for more stages; 16-bit activations alone have rows of 64 k."""
+    deep = cuda_cuts.Cut(2, 1, 256, 64, 5)
+    weight_only, integers = (
+        cuda_layout.format_of(get_scheme(s)) for s in ("int4wo-128", "8da4w-128")
+    )
+    assert deep.fits(weight_only, 4096) and not deep.fits(integers, 4096)
+    assert not deep.shape._replace(fetched=0).fits(weight_only, 4096), "threads copy whole units"
+    qparams = 8 * 64  # of 128 channels, four bytes each
+    for cut in (deep, deep._replace(step=128)):
+        weights, activations = 128 * cut.step // 2 + qparams, cut.step * 256 * 2
+        stage = cut.shape.stage_bytes(weight_only)
+        assert 0 <= stage - weights - activations < 1024, "in whole rows of swizzled activations"
+
+
+def test_float8_sums_leave_the_tensor_core_in_time():
+    """Sums of 128 products and of all of them have a register each, so that fewer tokens fit."""
+    form = cuda_layout.format_of(get_scheme("fp8dq"))
+    integers = cuda_layout.format_of(get_scheme("int8dq"))
+    cut = cuda_cuts.Cut(2, 1, 256, 128, 4)
+    assert cut.fits(integers, 4096) and not cut.fits(form, 4096)
+    assert cut._replace(tokens=128).fits(form, 4096)
+    assert not cut.shape._replace(tokens=64, fetched=0).fits(form, 4096), "by mma alone"
+
+
 def taken(kernel: str) -> list[torch.dtype]:
     """Types of activations."""
     if kernel.endswith("widened"):
@@ -289,7 +315,7 @@ def test_exact_and_within_bounds(kernel, scheme):
     """Small integers bit for bit, and random numbers within their allowance, at all numbers of rows."""
     group = get_scheme(scheme).weight.group_size or 32
     narrow = [] if kernel.startswith("cuda_dequantize") else [(37, 1024), (1, 256)]
-    row = 128 if kernel == "cuda_pipeline_w4a8" else 64
+    row = 128 if kernel in ("cuda_pipeline_w4a8", "cuda_pipeline_w8a8") else 64
     wide = [(144, 4 * group), (200, 3 * max(group, row)), (272, 1280)]
     sizes = itertools.cycle(narrow + wide)
     dtypes = itertools.cycle(taken(kernel))

@@ -5,7 +5,7 @@
 //   WIDENED: the activations' 8-bit codes come as 16-bit floats, the weight lies as for 8-bit products;
 //   TOKENS of a block of threads (1, or a multiple of 8), ROW_TILES of a warp, WARPS_N, WARPS_K,
 //   STEP (k of a pipeline stage), STAGES; WARPGROUP: four warps multiply together (wgmma);
-//   BLOCKS of threads that a multiprocessor should hold; SPLITS;
+//   FETCHED: the copy engine fills the stages; BLOCKS of threads that a multiprocessor should hold; SPLITS;
 //   Y_TYPE, BIAS_TYPE: 0 none, 1 bfloat16, 2 float16, 3 float32; ACTIVATION: 0 none, 1 relu,
 //   2 gelu, 3 gelu_tanh, 4 silu; GATED: the activation of the first half of the channels times the
 //   second half is the result.
@@ -34,6 +34,10 @@ constexpr int QPARAM_BYTES = GROUPED ? (ZERO ? 64 : 32) : 0;
 constexpr int UNIT = GROUPED ? CHUNK : 32;
 constexpr int UNIT_BYTES = UNIT / 32 * BLOCK_BYTES + QPARAM_BYTES;
 
+// What a stage has of a unit: all of it, or a part and the qparams once more
+constexpr int SEGMENT = STEP < UNIT ? STEP : UNIT;
+constexpr int SEGMENT_BYTES = SEGMENT / 32 * BLOCK_BYTES + QPARAM_BYTES;
+
 // Rows in shared memory start an odd multiple of 16 bytes apart, so that the eight rows of a matrix
 // that ldmatrix reads meet different banks. wgmma reads rows of 128 bytes, swizzled.
 constexpr int X_ROW = STEP * X_BITS / 8;
@@ -43,8 +47,8 @@ constexpr int X_BYTES = WARPGROUP ? TOKENS * X_ROW : TOKENS * STRIDE;
 // 8-bit products need no unpacking: their weight stays as it is, [n, k], which other kernels share,
 // and is read as the activations are.
 constexpr bool ROW_MAJOR = BITS == 8 && X_BITS == 8;
-constexpr int PIECE_ROW = ROW_MAJOR ? STEP : STEP / UNIT * UNIT_BYTES;  // contiguous in memory
-constexpr int PIECE_STRIDE = ROW_MAJOR ? STRIDE : PIECE_ROW;
+constexpr int PIECE_ROW = ROW_MAJOR ? STEP : STEP / SEGMENT * SEGMENT_BYTES;  // contiguous in memory
+constexpr int PIECE_STRIDE = ROW_MAJOR && !FETCHED ? STRIDE : PIECE_ROW;
 constexpr int PIECE_ROWS = ROW_MAJOR ? 16 : 1;  // of them in a tile
 constexpr int STEP_BYTES = PIECE_ROWS * PIECE_STRIDE;
 constexpr int W_BYTES = ROW_TILES * STEP_BYTES;  // of a warp and a stage

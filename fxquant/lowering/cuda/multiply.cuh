@@ -1,50 +1,10 @@
-// One stage of the pipeline: weights times activations, both in shared memory, onto the sums of a warp.
-
-template <bool YES, class A, class B>
-struct If {
-  typedef A type;
-};
-template <class A, class B>
-struct If<false, A, B> {
-  typedef B type;
-};
-typedef If<INTEGER && !GROUPED, int, float>::type Sum;
-typedef Sum Sums[ROW_TILES][TOKEN_TILES][4];
+// One stage of the pipeline: weights out of shared memory, unpacked in registers, times activations in shared
+// memory, onto the sums of a warp.
 
 // The address for ldmatrix of 8 tokens (or, in whole tiles, 16 channels) by 16-byte columns.
 __device__ __forceinline__ u32 token_address(int lane) {
   return (TOKENS == 1 ? 0 : lane % 8 * STRIDE) + lane / 8 * 16;
 }
-
-#if WARPGROUP
-
-// Rows of 128 bytes in groups of eight, 1024 bytes apart; the 16-byte columns of a row are swapped by
-// its number modulo 8 (the "128-byte swizzle").
-__device__ __forceinline__ u64 descriptor(u32 x) {
-  return (x & 0x3ffff) >> 4 | u64(1) << 16 | u64(1024 >> 4) << 32 | u64(1) << 62;
-}
-
-// 32 bytes of k number ``index``, for every token: added to a descriptor
-__device__ __forceinline__ constexpr u64 slice(int index) {
-  return (index / 4 * TOKENS * 128 + index % 4 * 32) >> 4;
-}
-
-__device__ __forceinline__ void begin_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
-
-__device__ __forceinline__ void commit_products() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-
-template <int PENDING>
-__device__ __forceinline__ void wait_for_products() {
-  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
-}
-
-template <int PENDING>
-__device__ __forceinline__ void end_products() {
-  commit_products();
-  wait_for_products<PENDING>();
-}
-
-#endif
 
 #if X_BITS == 16
 
@@ -52,19 +12,19 @@ __device__ __forceinline__ void end_products() {
 __device__ __forceinline__ void multiply_codes(u32 weights, u32 x, int lane, u32 base, Sums& sums) {
   const u32 ones[4] = {ONES, ONES, ONES, ONES};
 #pragma unroll
-  for (int chunk = 0; chunk < STEP / UNIT; ++chunk) {
+  for (int chunk = 0; chunk < STEP / SEGMENT; ++chunk) {
     float part[ROW_TILES][TOKEN_TILES][4] = {}, x_sum[TOKEN_TILES][4] = {};
 #pragma unroll
-    for (int block = 0; block < UNIT / 32; ++block) {
+    for (int block = 0; block < SEGMENT / 32; ++block) {
       u32 a[ROW_TILES][2][4];
 #pragma unroll
       for (int r = 0; r < ROW_TILES; ++r) {
-        const u32 at = weights + r * STEP_BYTES + chunk * UNIT_BYTES + block * BLOCK_BYTES;
+        const u32 at = weights + r * STEP_BYTES + chunk * SEGMENT_BYTES + block * BLOCK_BYTES;
         widen_weights(load_shared<BITS / 2>(at + lane * (BLOCK_BYTES / 32)), Qparams(), base, a[r]);
       }
 #pragma unroll
       for (int j = 0; j < TOKEN_TILES; ++j) {
-        const u32 from = x + token_address(lane) + j * 8 * STRIDE + (chunk * (UNIT / 32) + block) * 64;
+        const u32 from = x + token_address(lane) + j * 8 * STRIDE + (chunk * (SEGMENT / 32) + block) * 64;
         const Words<4> b = load_matrices<4>(from);
 #pragma unroll
         for (int s = 0; s < 2; ++s) {
@@ -76,7 +36,7 @@ __device__ __forceinline__ void multiply_codes(u32 weights, u32 x, int lane, u32
     }
 #pragma unroll
     for (int r = 0; r < ROW_TILES; ++r) {
-      const Qparams q = load_qparams(weights + r * STEP_BYTES + (chunk + 1) * UNIT_BYTES - QPARAM_BYTES, lane >> 2);
+      const Qparams q = load_qparams(weights + r * STEP_BYTES + (chunk + 1) * SEGMENT_BYTES - QPARAM_BYTES, lane >> 2);
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const float scale = __uint_as_float(q.scale[half]);
@@ -98,13 +58,13 @@ __device__ __forceinline__ void multiply(u32 weights, u32 x, int lane, u32 base,
   Qparams q[ROW_TILES];
 #pragma unroll
   for (int block = 0; block < STEP / 32; ++block) {
-    const u32 unit = weights + block / (UNIT / 32) * UNIT_BYTES;
+    const u32 unit = weights + block / (SEGMENT / 32) * SEGMENT_BYTES;
     u32 a[ROW_TILES][2][4];
 #pragma unroll
     for (int r = 0; r < ROW_TILES; ++r) {
       const u32 at = unit + r * STEP_BYTES;
-      if (GROUPED && block % (UNIT / 32) == 0) q[r] = load_qparams(at + UNIT_BYTES - QPARAM_BYTES, lane >> 2);
-      const u32 mine = at + block % (UNIT / 32) * BLOCK_BYTES + lane * (BLOCK_BYTES / 32);
+      if (GROUPED && block % (SEGMENT / 32) == 0) q[r] = load_qparams(at + SEGMENT_BYTES - QPARAM_BYTES, lane >> 2);
+      const u32 mine = at + block % (SEGMENT / 32) * BLOCK_BYTES + lane * (BLOCK_BYTES / 32);
       widen_weights(load_shared<BITS / 2>(mine), q[r], 0, a[r]);
     }
 #if WARPGROUP
@@ -172,7 +132,7 @@ __device__ __forceinline__ void multiply(u32 weights, u32 x, int lane, u32 base,
 // starts there, and leaves as a float by one subtraction.
 constexpr int MAGIC = 0x4b400000;
 
-constexpr int DEPTH = UNIT / 32;
+constexpr int DEPTH = SEGMENT / 32;
 
 // The scales of a lane's two rows; codes are 16 times their value.
 __device__ __forceinline__ void load_scales(u32 unit, int lane, float (&scale)[2]) {
@@ -180,7 +140,7 @@ __device__ __forceinline__ void load_scales(u32 unit, int lane, float (&scale)[2
   for (int half = 0; half < 2; ++half) {
     u16 s;
     const u32 row = (lane >> 2) + 8 * half;
-    asm volatile("ld.shared.b16 %0, [%1];" : "=h"(s) : "r"(unit + UNIT_BYTES - QPARAM_BYTES + 2 * row));
+    asm volatile("ld.shared.b16 %0, [%1];" : "=h"(s) : "r"(unit + SEGMENT_BYTES - QPARAM_BYTES + 2 * row));
     scale[half] = widen(s, 1) * 0.0625f;
   }
 }
@@ -191,7 +151,7 @@ __device__ __forceinline__ void load_scales(u32 unit, int lane, float (&scale)[2
 constexpr int PARTS = TOKENS <= 64 ? 2 : 1;
 
 __device__ __forceinline__ void multiply(u32 weights, u32 x, int lane, u32 base, Sums& sums) {
-  constexpr int ITEMS = STEP / UNIT * ROW_TILES;
+  constexpr int ITEMS = STEP / SEGMENT * ROW_TILES;
   int part[PARTS][TOKEN_TILES][4];
   u32 a[PARTS][DEPTH][4];
   float scale[PARTS][2];
@@ -199,7 +159,7 @@ __device__ __forceinline__ void multiply(u32 weights, u32 x, int lane, u32 base,
   for (int i = 0; i < ITEMS + PARTS - 1; ++i) {
     if (i < ITEMS) {
       const int chunk = i / ROW_TILES, at = i % PARTS;
-      const u32 unit = weights + i % ROW_TILES * STEP_BYTES + chunk * UNIT_BYTES;
+      const u32 unit = weights + i % ROW_TILES * STEP_BYTES + chunk * SEGMENT_BYTES;
 #pragma unroll
       for (int block = 0; block < DEPTH; ++block) load_weights(unit + block * BLOCK_BYTES, lane, a[at][block]);
       load_scales(unit, lane, scale[at]);
@@ -227,12 +187,12 @@ __device__ __forceinline__ void multiply(u32 weights, u32 x, int lane, u32 base,
 
 __device__ __forceinline__ void multiply(u32 weights, u32 x, int lane, u32 base, Sums& sums) {
 #pragma unroll
-  for (int chunk = 0; chunk < STEP / UNIT; ++chunk) {
+  for (int chunk = 0; chunk < STEP / SEGMENT; ++chunk) {
     u32 a[ROW_TILES][DEPTH][4];
     float scale[ROW_TILES][2];
 #pragma unroll
     for (int r = 0; r < ROW_TILES; ++r) {
-      const u32 at = weights + r * STEP_BYTES + chunk * UNIT_BYTES;
+      const u32 at = weights + r * STEP_BYTES + chunk * SEGMENT_BYTES;
 #pragma unroll
       for (int block = 0; block < DEPTH; ++block) load_weights(at + block * BLOCK_BYTES, lane, a[r][block]);
       load_scales(at, lane, scale[r]);

@@ -1,15 +1,17 @@
 // y[m, n] as stream_linear's, for many tokens: one group of warps fetches, others multiply.
 //
 // A block walks over tiles of ROWS output channels by TOKENS tokens. Its fetching warp has the copy
-// engine fill a ring of stages with packed weights and activations. Warpgroups unpack their channels
-// in registers, as the left operand of wgmma. What one of them waits for, another one uses: unpacking
-// and products overlap, and so does the end of a tile with the fetches for the next.
+// engine fill a ring of stages with weights and activations. Warpgroups unpack their channels in
+// registers, as the left operand of wgmma (or leave 8-bit ones where they are: multiply_whole.cuh). What
+// one of them waits for, another one uses: unpacking and products overlap, and so does the end of a tile
+// with the fetches for the next.
 // (Clusters that share their activations by multicast were slower everywhere on an H200, by 10 to
 // 40 %: blocks then wait for each other.) Where there are few tiles, a cluster of SPLITS blocks splits
 // k; its partial sums are added in a fixed order.
 
 struct Arguments {
   __align__(64) char x[128];  // tensor map of [m, k]: 128 bytes of k by TOKENS, swizzled
+  char rows[128];             // ROW_MAJOR: of the weight [n, k], 128 bytes by a tile
   const float* x_scale;
   const int* x_zero;
   const char* weight;
@@ -103,23 +105,44 @@ struct Walk {
   }
 };
 
+// What stage ``i`` has of a tile of the weight
+__device__ __forceinline__ void fetch_weights(const Arguments& p, u32 to, int tile, int i, u32 barrier, u64 policy, int lane) {
+  if constexpr (ROW_MAJOR) {
+    // wgmma takes 64 rows as they follow each other: a tile of each of four warps
+    constexpr int OF_GROUP = 4 * ROW_TILES;
+    const int warp = lane % OF_GROUP / ROW_TILES, r = lane % ROW_TILES;
+    to += lane / OF_GROUP * OF_GROUP * STEP_BYTES + r * 4 * STEP_BYTES + warp * 16 * 128;
+#pragma unroll
+    for (int s = 0; s < STEP / 128; ++s)
+      fetch_box(to + s * 64 * 128, p.rows, i * STEP + s * 128, tile * 16, barrier, policy);
+  } else {
+    const char* from = p.weight + static_cast<u64>(tile) * (p.k / UNIT) * UNIT_BYTES;
+    to += lane * STEP_BYTES;
+    if constexpr (STEP >= UNIT) {
+      fetch_bulk(to, from + i * STEP_BYTES, STEP_BYTES, barrier, policy);
+    } else {
+      constexpr int PARTS = UNIT / STEP, CODE_BYTES = STEP_BYTES - QPARAM_BYTES;
+      from += i / PARTS * UNIT_BYTES;
+      fetch_bulk(to, from + i % PARTS * CODE_BYTES, CODE_BYTES, barrier, policy);
+      fetch_bulk(to + CODE_BYTES, from + UNIT_BYTES - QPARAM_BYTES, QPARAM_BYTES, barrier, policy);
+    }
+  }
+}
+
 __device__ __forceinline__ void fetch(const Arguments& p, u32 ring, u32 full, u32 empty, int lane) {
   const int steps = p.k / STEP, last = (p.n + 15) / 16 - 1;
-  const u64 row_bytes = static_cast<u64>(p.k / UNIT) * UNIT_BYTES;
   const u64 again = keep_policy(true), weights_policy = keep_policy(p.m > TOKENS);
   bool waited = false;
   Place place;
   for (Walk walk(p); walk.more(); walk.next()) {
     const int2 at = walk.at();
     const int tile = min(tile_at(at.x * TILES + lane, p.n), last);
-    const char* weight = p.weight + tile * row_bytes;
     for (int i = blockIdx.x % SPLITS; i < steps; i += SPLITS) {
       const u32 stage = ring + place.stage * STAGE_BYTES, barrier = full + 8 * place.stage;
       barrier_wait(empty + 8 * place.stage, place.phase ^ 1);
       if (lane == 0) barrier_expect(barrier, X_BYTES + TILES * STEP_BYTES);
       __syncwarp();
-      if (lane < TILES)
-        fetch_bulk(stage + X_BYTES + lane * STEP_BYTES, weight + i * STEP_BYTES, STEP_BYTES, barrier, weights_policy);
+      if (lane < TILES) fetch_weights(p, stage + X_BYTES, tile, i, barrier, weights_policy, lane);
       if (!waited) wait_for_previous_kernel(), waited = true;  // the weight is nobody's output, x is
       if (lane < X_ROW / 128)
         fetch_box(stage + lane * (TOKENS * 128), p.x, (i * (X_ROW / 128) + lane) * 128, at.y * TOKENS, barrier, again);
@@ -229,7 +252,8 @@ __device__ __forceinline__ void reduce(const Arguments& p, u32 memory, int2 at, 
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const int token = 8 * j + 2 * (lane % 4) + i % 2, row = (warp * ROW_TILES + r) * 16 + lane / 4 + 8 * (i / 2);
-        asm volatile("st.shared.f32 [%0], %1;" ::"r"(memory + 4 * (token * PITCH + row)), "f"(sums[r][j][i]) : "memory");
+        asm volatile("st.shared.b32 [%0], %1;" ::"r"(memory + 4 * (token * PITCH + row)), "r"(bits_of(sums[r][j][i]))
+                     : "memory");
       }
   cluster_barrier();
   const int first_token = at.y * TOKENS, tokens = min(TOKENS, p.m - first_token);
@@ -239,25 +263,25 @@ __device__ __forceinline__ void reduce(const Arguments& p, u32 memory, int2 at, 
     const int token = i / (OUTPUTS / 4), output = i % (OUTPUTS / 4) * 4, n = at.x * OUTPUTS + output;
     const int m = first_token + token;
     if (n >= outputs) continue;
-    float sum[GATED ? 2 : 1][4] = {};
+    Sum sum[GATED ? 2 : 1][4] = {};
 #pragma unroll
     for (int half = 0; half < (GATED ? 2 : 1); ++half)
 #pragma unroll
       for (int part = 0; part < SPLITS; ++part) {
         const u32 from = remote_address(memory + 4 * (token * PITCH + row_of(output) + 16 * half), part);
-        float v[4];
-        asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
-                     : "=f"(v[0]), "=f"(v[1]), "=f"(v[2]), "=f"(v[3])
+        u32 v[4];
+        asm volatile("ld.shared::cluster.v4.b32 {%0, %1, %2, %3}, [%4];"
+                     : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3])
                      : "r"(from)
                      : "memory");
 #pragma unroll
-        for (int c = 0; c < 4; ++c) sum[half][c] += v[c];
+        for (int c = 0; c < 4; ++c) sum[half][c] += sum_of(v[c]);
       }
     u16* to = p.y + static_cast<u64>(m) * outputs + n;
     u16 y[4];
 #pragma unroll
     for (int c = 0; c < 4; ++c) {
-      auto total = [&](int row) { return sum[GATED && row != row_of(output + c)][c]; };
+      auto total = [&](int row) { return static_cast<float>(sum[GATED && row != row_of(output + c)][c]); };
       y[c] = narrow(result_at(p, total, m, min(n + c, outputs - 1), output + c), Y_TYPE);
     }
     if (outputs % 4 == 0) {
@@ -282,10 +306,11 @@ __device__ __forceinline__ void consume(const Arguments& p, u32 memory, u32 full
   for (Walk walk(p); walk.more(); walk.next()) {
     Sums sums = {};
     int before = -1;
+#pragma unroll 1  // copies of it would have to move the sums, and ptxas would have products wait for each other
     for (int i = blockIdx.x % SPLITS; i < steps; i += SPLITS) {
       barrier_wait(full + 8 * place.stage, place.phase);
       const u32 stage = memory + place.stage * STAGE_BYTES;
-      multiply(stage + X_BYTES + warp * W_BYTES, stage, lane, 0, sums);
+      multiply(stage + X_BYTES + (ROW_MAJOR ? warp / 4 * 4 : warp) * W_BYTES, stage, lane, 0, sums);
       if (before >= 0) release(before);
       before = place.stage;
       place.next();

@@ -25,13 +25,6 @@ struct Arguments {
   u32 base;  // BASE: a constant that the compiler knew it would load again for every use
 };
 
-__device__ __forceinline__ Sum as_sum(u32 bits, Sum*) {
-  if constexpr (INTEGER && !GROUPED)
-    return static_cast<int>(bits);
-  else
-    return __uint_as_float(bits);
-}
-
 extern "C" __global__ void __cluster_dims__(1, 1, SPLITS) __launch_bounds__(THREADS, BLOCKS) stream_linear(const Arguments p) {
   extern __shared__ __align__(1024) char memory[];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -141,7 +134,7 @@ extern "C" __global__ void __cluster_dims__(1, 1, SPLITS) __launch_bounds__(THRE
 #pragma unroll
       for (int part = 0; part < PARTS_K; ++part) {
         Sum* from = &parts[(part % WARPS_K * COLUMNS + token) * PITCH + row];
-        sum += SPLITS == 1 ? *from : as_sum(load_remote(shared_address(from), part / WARPS_K), from);
+        sum += SPLITS == 1 ? *from : sum_of(load_remote(shared_address(from), part / WARPS_K));
       }
       return static_cast<float>(sum);
     };

@@ -1,0 +1,52 @@
+// Sums of products, and what wgmma asks for beside its operands.
+
+template <bool YES, class A, class B>
+struct If {
+  typedef A type;
+};
+template <class A, class B>
+struct If<false, A, B> {
+  typedef B type;
+};
+typedef If<INTEGER && !GROUPED, int, float>::type Sum;
+typedef Sum Sums[ROW_TILES][TOKEN_TILES][4];
+
+__device__ __forceinline__ u32 bits_of(int sum) { return sum; }
+__device__ __forceinline__ u32 bits_of(float sum) { return __float_as_uint(sum); }
+
+__device__ __forceinline__ Sum sum_of(u32 bits) {
+  if constexpr (INTEGER && !GROUPED)
+    return static_cast<int>(bits);
+  else
+    return __uint_as_float(bits);
+}
+
+#if WARPGROUP
+
+// Rows of 128 bytes in groups of eight, 1024 bytes apart; the 16-byte columns of a row are swapped by
+// its number modulo 8 (the "128-byte swizzle").
+__device__ __forceinline__ u64 descriptor(u32 x) {
+  return (x & 0x3ffff) >> 4 | u64(1) << 16 | u64(1024 >> 4) << 32 | u64(1) << 62;
+}
+
+// 32 bytes of k number ``index``, for every token: added to a descriptor
+__device__ __forceinline__ constexpr u64 slice(int index) {
+  return (index / 4 * TOKENS * 128 + index % 4 * 32) >> 4;
+}
+
+__device__ __forceinline__ void begin_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+
+__device__ __forceinline__ void commit_products() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+
+template <int PENDING>
+__device__ __forceinline__ void wait_for_products() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
+}
+
+template <int PENDING>
+__device__ __forceinline__ void end_products() {
+  commit_products();
+  wait_for_products<PENDING>();
+}
+
+#endif
