@@ -8,7 +8,7 @@ function a token, static cache), then prefilled. DIR/llama.json gains or replace
 as there is one; llama.md is its table and llama.svg its plot, which ``--plot`` draws anew, with
 ``--kernels FILE`` the speed-up of kernels against rows too (speedup.svg). Plots need matplotlib.
 
-tokens/s is the wall clock of the second of two greedy runs. GB/s is what a step reads of the
+tokens/s is the median wall clock of RUNS greedy runs. GB/s is what a step reads of the
 weights (codes, qparams, norms; no cache, no embedding table) per second. "model GB" is the same
 bytes, as torchao counts them. Peak memory is what the allocator reserved, conversion included.
 "compile s" is the first call. Prefill is one sequence, its last row's logits alone.

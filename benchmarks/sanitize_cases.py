@@ -27,6 +27,7 @@ from fxquant.lowering import (
     cuda_prefill,
     triton_prefill,
     triton_quantize,
+    triton_widen,
 )
 from fxquant.lowering.cuda_cuts import Cut
 from fxquant.lowering.cuda_layout import Format
@@ -46,6 +47,7 @@ PIPELINE = {
     "cuda_pipeline": (*STREAM["cuda_w4a16"], *STREAM["cuda_w8a16"]),
     "cuda_pipeline_w4a8": STREAM["cuda_w4a8"],
     "cuda_pipeline_w4a8_widened": ("8da4w-32",),
+    "cuda_pipeline_w8a8": STREAM["cuda_w8a8"],
 }
 STREAM_ROWS, STREAM_N, STREAM_K = (1, 13, 70), 152, 4096
 PIPELINE_ROWS, PIPELINE_N = 130, 280
@@ -61,6 +63,7 @@ TRITON = (
     ("triton_wf8a16", "fp8wo"),
 )
 QUANTIZED = ("int8dq", "8da4w-32", "fp8dq")
+WIDENERS = ("quantize_rows_widened", "widen")
 FEW = 2
 """Multiprocessors that kernels think they have whose programs walk over tiles."""
 
@@ -99,6 +102,7 @@ def cases() -> list[Case]:
     found += [Case("cuda_dequantize", scheme, 0, STREAM_N, 256) for scheme in DEQUANTIZED]
     for scheme in QUANTIZED:  # n: the width of what is read, two halves where a gate joins them
         found += [Case("quantize_rows", scheme, 13, width, 1000) for width in (1000, 2000)]
+    found += [Case(kernel, "8da4w-32", 13, 992, 992) for kernel in WIDENERS]
     for kernel, scheme in TRITON:
         n = 600 if kernel.endswith("persistent") else STREAM_N
         found += [Case(kernel, scheme, 13, n, 1088), Case(kernel, scheme, 130, n, 1024)]
@@ -177,6 +181,8 @@ def run(case: Case) -> tuple[float, list[str]]:
     scheme, n, k = get_scheme(case.scheme), case.n, case.k
     if case.kernel == "quantize_rows":
         return quantized(scheme, case.rows, n, k), []
+    if case.kernel in WIDENERS:
+        return widened(scheme, case.rows, k, case.kernel == "widen"), []
     sample = oracles.random_sample(scheme, case.rows, n, k, torch.bfloat16)
     kernel = KERNELS[case.kernel]
     packed: Any = on_gpu(kernel.layout.pack(scheme, sample.weight))
@@ -223,3 +229,17 @@ def quantized(scheme: Scheme, rows: int, width: int, k: int) -> float:
     step = found[1].double()  # of float8's numbers the largest are 32 apart, of 448
     allowed = step * (16 if spec.dtype.is_floating_point else 1) + 2.0**-7 * exact.abs()
     return ((spec.dequantize(bundle(found), torch.float64) - exact).abs() / allowed).max().item()
+
+
+def widened(scheme: Scheme, rows: int, k: int, apart: bool) -> float:
+    """Integers in the lanes' order, in steps of one: by a kernel of their own, or as rows are quantized."""
+    spec = scheme.input
+    assert spec is not None
+    x = torch.randn(rows, k, generator=torch.Generator().manual_seed(k)).bfloat16()
+    q = spec.quantize(x)
+    expected = triton_widen.widen(q.codes, q.zero)
+    if apart:
+        found = torch.ops.fxquant.widen(q.codes.cuda(), q.zero.cuda())
+    else:
+        found, _ = triton_quantize.quantize_rows(x.cuda(), scheme.name, "", True)
+    return (found.cpu() - expected).abs().max().item()
