@@ -41,7 +41,7 @@ from kernels_report import Reading, defects, page, short
 from llama_report import machine, rounded
 
 from fxquant import tuner
-from fxquant.inductor import OVERLAP
+from fxquant.inductor import overlapping
 from fxquant.lowering.devices import device_row
 from fxquant.lowering.dispatch import prequantized, run_kernel
 from fxquant.lowering.kernel import KERNELS, Kernel, Layout, Problem
@@ -69,7 +69,7 @@ CHECKED_ROWS, CHECKED_COLUMNS = 64, 2048
 HOT = 256
 """Rows from which on products heat the GPU so that its clocks fall: bfloat16 is read beside each scheme."""
 BACKEND = "inductor"
-OVERLAPPING = {"options": {OVERLAP: True}} if torch.cuda.is_available() else {}
+OVERLAPPING = {"options": overlapping({}, "kernels.py")} if torch.cuda.is_available() else {}
 
 
 @cache

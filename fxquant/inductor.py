@@ -43,6 +43,7 @@ __all__ = [
     "mode_options",
     "nbytes",
     "outside_autocast",
+    "overlapping",
     "retrace",
     "source_name",
     "storage_of",
@@ -326,7 +327,7 @@ def _waits(node: Any) -> bool:
     return not scans or any(isinstance(d, MemoryDep) for d in node.read_writes.reads)
 
 
-def _overlapping(patches: dict[str, Any], tag: str) -> dict[str, Any]:
+def overlapping(patches: dict[str, Any], tag: str) -> dict[str, Any]:
     """The settings with which kernels overlap; none where the user has decided, here or for the whole
     process, or where torch cannot be asked which kernels there are."""
     if OVERLAP in patches or not {OVERLAP, FUSED} <= inductor_options():
@@ -351,7 +352,7 @@ def compile_graph(
     from Dynamo is carried over.
     """
     hook, expand = "post_grad_custom_pre_pass", gm.meta.get("fxquant_expand")
-    overlap = _overlapping(patches, tag) if expand is not None else {}
+    overlap = overlapping(patches, tag) if expand is not None else {}
     patches = {**patches, hook: _Expansion(expand, tag, patches.get(hook)), **overlap}
     gm.meta.update({k: copy.copy(v) for k, v in origin.meta.items() if k not in gm.meta})
     if hasattr(origin, "_param_name_to_source"):

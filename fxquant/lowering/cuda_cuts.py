@@ -147,7 +147,9 @@ def cuts(form: Format, n: int, k: int, rows: int, tokens: Iterable[int]) -> list
     """What fits, with as many stages as do and as many blocks as have a place at once where k is split;
     by ``Cut.time``, the shortest first."""
     found = []
-    for (groups, tiles), count, blocks, step in itertools.product(GROUPS, tokens, (1, 2), STEPS):
+    # the unpacking of few tokens' weights waits more than it computes: more blocks hide that
+    sizes = [(count, blocks) for count in tokens for blocks in range(1, 5 if count <= 32 else 3)]
+    for (groups, tiles), (count, blocks), step in itertools.product(GROUPS, sizes, STEPS):
         deepest = (Cut(groups, tiles, count, step, stages, blocks) for stages in (6, 5, 4, 3))
         for cut in [cut for cut in deepest if cut.fits(form, k)][:1]:
             found += splits_of(cut, form, n, k, rows)

@@ -274,7 +274,7 @@ def test_wgmma_takes_only_what_the_instruction_has():
 
 
 def test_the_copy_engine_brings_parts_of_units():
-    """A group of 128 by halves, which leaves room for more stages; 16-bit activations alone have rows of 64 k."""
+    """A group of 128 by halves leaves room for more stages; 16-bit activations alone have rows of 64 k."""
     deep = cuda_cuts.Cut(2, 1, 256, 64, 5)
     weight_only, integers = (
         cuda_layout.format_of(get_scheme(s)) for s in ("int4wo-128", "8da4w-128")
