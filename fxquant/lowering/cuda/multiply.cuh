@@ -53,28 +53,43 @@ __device__ __forceinline__ void multiply_codes(u32 weights, u32 x, int lane, u32
   }
 }
 
+// Block number ``block`` of a tile, with the qparams of the segment that it begins or goes on with
+__device__ __forceinline__ void unpack(u32 tile, int block, int lane, Qparams& q, u32 (&a)[2][4]) {
+  const u32 segment = tile + block / (SEGMENT / 32) * SEGMENT_BYTES;
+  if (GROUPED && block % (SEGMENT / 32) == 0) q = load_qparams(segment + SEGMENT_BYTES - QPARAM_BYTES, lane >> 2);
+  const u32 mine = segment + block % (SEGMENT / 32) * BLOCK_BYTES + lane * (BLOCK_BYTES / 32);
+  widen_weights(load_shared<BITS / 2>(mine), q, 0, a);
+}
+
+// Blocks that are unpacked before their products begin: of few tokens several, whose latencies overlap
+constexpr int AT_ONCE = TOKENS <= 64 && STEP / 32 % 2 == 0 ? 2 : 1;
+
 __device__ __forceinline__ void multiply(u32 weights, u32 x, int lane, u32 base, Sums& sums) {
   if (SCALE_SUMS) return multiply_codes(weights, x, lane, base, sums);
   Qparams q[ROW_TILES];
-#pragma unroll
-  for (int block = 0; block < STEP / 32; ++block) {
-    const u32 unit = weights + block / (SEGMENT / 32) * SEGMENT_BYTES;
-    u32 a[ROW_TILES][2][4];
-#pragma unroll
-    for (int r = 0; r < ROW_TILES; ++r) {
-      const u32 at = unit + r * STEP_BYTES;
-      if (GROUPED && block % (SEGMENT / 32) == 0) q[r] = load_qparams(at + SEGMENT_BYTES - QPARAM_BYTES, lane >> 2);
-      const u32 mine = at + block % (SEGMENT / 32) * BLOCK_BYTES + lane * (BLOCK_BYTES / 32);
-      widen_weights(load_shared<BITS / 2>(mine), q[r], 0, a[r]);
-    }
 #if WARPGROUP
+#pragma unroll
+  for (int first = 0; first < STEP / 32; first += AT_ONCE) {
+    u32 a[AT_ONCE][ROW_TILES][2][4];
+#pragma unroll
+    for (int i = 0; i < AT_ONCE; ++i)
+#pragma unroll
+      for (int r = 0; r < ROW_TILES; ++r) unpack(weights + r * STEP_BYTES, first + i, lane, q[r], a[i][r]);
     begin_products();
 #pragma unroll
-    for (int r = 0; r < ROW_TILES; ++r)
+    for (int i = 0; i < AT_ONCE; ++i)
 #pragma unroll
-      for (int s = 0; s < 2; ++s) product64(sums[r], a[r][s], descriptor(x) + slice(2 * block + s), 1);
+      for (int r = 0; r < ROW_TILES; ++r)
+#pragma unroll
+        for (int s = 0; s < 2; ++s) product64(sums[r], a[i][r][s], descriptor(x) + slice(2 * (first + i) + s), 1);
     end_products<1>();
+  }
 #else
+#pragma unroll
+  for (int block = 0; block < STEP / 32; ++block) {
+    u32 a[ROW_TILES][2][4];
+#pragma unroll
+    for (int r = 0; r < ROW_TILES; ++r) unpack(weights + r * STEP_BYTES, block, lane, q[r], a[r]);
 #pragma unroll
     for (int j = 0; j < TOKEN_TILES; ++j) {
       const Words<4> b = load_matrices<4>(x + token_address(lane) + j * 8 * STRIDE + block * 64);
@@ -84,8 +99,8 @@ __device__ __forceinline__ void multiply(u32 weights, u32 x, int lane, u32 base,
         product16(sums[r][j], a[r][1], b.w[2], b.w[3]);
       }
     }
-#endif
   }
+#endif
 }
 
 #else  // X_BITS == 8

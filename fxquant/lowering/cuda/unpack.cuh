@@ -4,8 +4,10 @@ constexpr u32 MINUS_ZERO = 0x80008000u;
 
 // Codes are floats as they are: u below 256 in the low bits of a bfloat16 is u * 2^-133 (of a float16,
 // u * 2^-24), because numbers below the second exponent are evenly spaced. One fma brings it to
-// (u - middle) * 2^-7 (2^-9), exactly.
-constexpr u32 RAISE = X_HALF ? 0x78007800u : 0x7e807e80u;  // 2^15, 2^126
+// (u - middle) * 2^-7 (2^-9), exactly. What lies ``shift`` bits further up in the byte needs no shift.
+__device__ __forceinline__ constexpr u32 raise(int shift) {  // 2^(15 - shift), 2^(126 - shift): twice
+  return (X_HALF ? (30 - shift) << 10 : (253 - shift) << 7) * 0x10001u;
+}
 constexpr u32 CENTER = X_HALF ? (BITS == 8 ? 0xb400b400u : BITS == 4 ? 0xa400a400u : 0x9c009c00u)
                               : (BITS == 8 ? 0xbf80bf80u : BITS == 4 ? 0xbd80bd80u : 0xbc80bc80u);
 constexpr u32 LOWER = X_HALF ? 0x60006000u : 0x43004300u;  // 2^9, 2^7
@@ -60,9 +62,11 @@ __device__ __forceinline__ void widen_weights(const Words<BITS / 2>& w, const Qp
       // (for 8-bit products the second half of a block's k comes first, and codes keep their sign)
       u32& out = a[p / 2][2 * (WIDENED ? 1 - p % 2 : p % 2) + half];
       if constexpr (BITS <= 4) {
-        const u32 word = BITS == 4 ? w.w[half % (BITS / 2)] >> (4 * p) : w.w[0] >> (2 * p + 8 * half);
-        const u32 codes = (word & (BITS == 4 ? 0x000f000fu : 0x00030003u)) ^ (WIDENED ? 0x00080008u : 0u);
-        out = SCALE_SUMS ? codes | base : fma2(fma2(codes, RAISE, CENTER), q.scale[half], q.zero[half]);
+        const int at = BITS == 4 ? 4 * p : 2 * p + 8 * half, shift = SCALE_SUMS ? 0 : at % 8;
+        const u32 word = w.w[BITS == 4 ? half % (BITS / 2) : 0] >> (at - shift);
+        const u32 mask = (BITS == 4 ? 0x000f000fu : 0x00030003u) << shift;
+        const u32 codes = (word & mask) ^ (WIDENED ? 0x00080008u << shift : 0u);
+        out = SCALE_SUMS ? codes | base : fma2(fma2(codes, raise(shift), CENTER), q.scale[half], q.zero[half]);
       } else if constexpr (FLOAT8) {
         // e4m3's exponent and mantissa fit below either type's sign; its bias is repaired by a
         // product with a power of two, which is exact (subnormals included).
@@ -73,7 +77,7 @@ __device__ __forceinline__ void widen_weights(const Words<BITS / 2>& w, const Qp
         out = fma2((word & MINUS_ZERO) | ((word >> SHIFT) & MANTISSA), REBIAS, MINUS_ZERO);
       } else {  // SUM_FACTOR follows
         const u32 codes = __byte_perm(w.w[2 * half + p / 2], 0, p % 2 ? 0x4341 : 0x4240);
-        out = fma2(codes, RAISE, CENTER);
+        out = fma2(codes, raise(0), CENTER);
       }
     }
 }
