@@ -170,6 +170,24 @@ def exact_probe(
     return y
 
 
+def narrow_float8_probe(
+    name: str, m: int, n: int, k: int, dtype: torch.dtype, device: str | torch.device
+) -> None:
+    """As the exact probe, with sums that fit the 14 bits in which Hopper adds float8 products.
+
+    At most 64 values of a row differ from zero, one of them 448, so that its scale is one.
+    """
+    g = torch.Generator().manual_seed(m + n + k)
+    x = torch.randint(-2, 3, (m, k), generator=g).float()
+    x[:, 64:] = 0
+    x[:, 0] = 448
+    codes = torch.randint(-4, 5, (n, k), generator=g).float().to(torch.float8_e4m3fn)
+    scale = 2.0 ** torch.randint(-3, 3, (n, 1), generator=g)
+    sample = Sample(get_scheme("fp8dq"), x.to(dtype), Quantized(codes, scale, None), None)
+    y = run(name, sample.to(device)).cpu()
+    assert_equal(y, reference(sample).float().to(dtype), f"{name} {m}x{n}x{k}")
+
+
 BEFORE_BIAS = ("tinygemm",)
 """Kernels of torch's that know no bias: the product is rounded before it is added."""
 

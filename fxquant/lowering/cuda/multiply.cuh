@@ -190,6 +190,7 @@ __device__ __forceinline__ void multiply(u32 weights, u32 x, int lane, u32 base,
       wait_for_products<PARTS - 1>();
     else
       wait_for_products<0>();
+    settle(part[done % PARTS]);
 #pragma unroll
     for (int j = 0; j < TOKEN_TILES; ++j)
 #pragma unroll

@@ -296,6 +296,8 @@ __device__ __forceinline__ void reduce(const Arguments& p, u32 memory, int2 at, 
 
 __device__ __forceinline__ void consume(const Arguments& p, u32 memory, u32 full, u32 empty, int warp, int lane) {
   const int steps = p.k / STEP;
+  // of the warpgroup where it reads its weights together, by an address that is the same for all lanes
+  const int first = ROW_MAJOR ? __shfl_sync(~0u, warp / 4 * 4, 0) : warp;
   Place place;
   wait_for_previous_kernel();
   // wgmma still reads a stage after ``multiply``: it is free once the next one's first products are.
@@ -310,12 +312,13 @@ __device__ __forceinline__ void consume(const Arguments& p, u32 memory, u32 full
     for (int i = blockIdx.x % SPLITS; i < steps; i += SPLITS) {
       barrier_wait(full + 8 * place.stage, place.phase);
       const u32 stage = memory + place.stage * STAGE_BYTES;
-      multiply(stage + X_BYTES + (ROW_MAJOR ? warp / 4 * 4 : warp) * W_BYTES, stage, lane, 0, sums);
+      multiply(stage + X_BYTES + first * W_BYTES, stage, lane, 0, sums);
       if (before >= 0) release(before);
       before = place.stage;
       place.next();
     }
     end_products<0>();
+    settle(sums);
     if (SPLITS > 1) {
       reduce(p, memory, walk.at(), warp, lane, sums);
     } else {

@@ -43,6 +43,16 @@ __device__ __forceinline__ void wait_for_products() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
 }
 
+// The compiler takes sums for ready as soon as their product is issued, and may move what reads them up to
+// there: after a wait they are as if written anew.
+__device__ __forceinline__ void settle(float& sum) { asm volatile("" : "+f"(sum)::"memory"); }
+__device__ __forceinline__ void settle(int& sum) { asm volatile("" : "+r"(sum)::"memory"); }
+template <class Part, int COUNT>
+__device__ __forceinline__ void settle(Part (&sums)[COUNT]) {
+#pragma unroll
+  for (int i = 0; i < COUNT; ++i) settle(sums[i]);
+}
+
 template <int PENDING>
 __device__ __forceinline__ void end_products() {
   commit_products();

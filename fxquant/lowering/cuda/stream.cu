@@ -108,6 +108,7 @@ extern "C" __global__ void __cluster_dims__(1, 1, SPLITS) __launch_bounds__(THRE
 
 #if WARPGROUP
   end_products<0>();
+  settle(sums);
 #endif
 
   // Partial sums meet in shared memory as [group][token][row].
