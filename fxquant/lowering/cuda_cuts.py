@@ -18,10 +18,12 @@ SPARE = 40
 """Registers beside the sums: the weights being unpacked, addresses."""
 
 
-UNPACKING, ADDING, ALONE = 40, 0.1, 1.2
-"""What it takes to unpack a weight, in tokens that are multiplied meanwhile; to add up a split tile, as
-part of the tile; and a warpgroup that no other one works beside, as a multiple. (Fitted to 7355 readings on
-an H200, 64 to 4096 rows of nine layers: what they pick takes 4 % more than the fastest on average.)"""
+UNPACKING, READING, ADDING, ALONE, APART = 40, 80, 0.1, 1.2, 1.05
+"""What it takes to unpack a weight, or to read one of 8 bits again for a product that is twice as fast, in
+tokens that are multiplied meanwhile; to add up a split tile, as part of the tile; a warpgroup that no other
+one works beside, and blocks that each fetch for themselves, as multiples. (Fitted to 7355 and 5000 readings
+on an H200, 64 to 4096 rows of nine layers: what they pick takes 4 % more than the fastest on average, 10 %
+for float8.)"""
 
 
 class Cut(NamedTuple):
@@ -103,20 +105,24 @@ class Cut(NamedTuple):
         """The part of those places that have a block, on average over the waves."""
         return taken(self.tiles(n, rows) * self.splits, self.places)
 
-    def work(self, rows: int) -> float:
+    def work(self, form: Format, rows: int) -> float:
         """Of a multiprocessor in one wave, in tokens of a channel."""
         part = 1.0 if self.splits == 1 else 1 / self.splits + ADDING
-        alone = ALONE if self.blocks * self.warpgroups == 1 else 1.0
-        return part * alone * self.blocks * self.rows * (min(self.tokens, rows) + UNPACKING)
+        if self.blocks > 1:
+            part *= APART
+        elif self.warpgroups == 1:
+            part *= ALONE
+        loading = READING if form.row_major else UNPACKING
+        return part * self.blocks * self.rows * (min(self.tokens, rows) + loading)
 
-    def time(self, n: int, rows: int) -> float:
+    def time(self, form: Format, n: int, rows: int) -> float:
         """What all waves take, in products of a token and a channel for each k on one multiprocessor."""
-        return self.waves(n, rows) * self.work(rows)
+        return self.waves(n, rows) * self.work(form, rows)
 
     def fits(self, form: Format, k: int) -> bool:
         """Whether the kernel can be cut like this."""
-        fits = k % self.step == 0 and self.shape.holds(form) and self.shape.fits_wgmma(form)
-        fits = fits and self.tokens % 16 == 0
+        fits = k % self.step == 0 and self.step % form.unit == 0
+        fits = fits and self.shape.fits_wgmma(form) and self.tokens % 16 == 0
         fits = fits and self.row_tiles * self.warpgroups <= 8 and self.tokens <= 256
         fits = fits and self.sums(form) + SPARE <= self.registers
         fits = (
@@ -155,7 +161,7 @@ def cuts(form: Format, n: int, k: int, rows: int, tokens: Iterable[int]) -> list
             found += splits_of(cut, form, n, k, rows)
 
     def likeliness(cut: Cut) -> tuple[float, bool]:
-        return cut.time(n, rows), cut.tokens * cut.step * form.x_bits // 8 > LARGEST_STAGE
+        return cut.time(form, n, rows), cut.tokens * cut.step * form.x_bits // 8 > LARGEST_STAGE
 
     return sorted(found, key=likeliness)
 
@@ -217,7 +223,7 @@ def _by_model(
 
     def cost(cut: Cut) -> tuple[float, int]:
         doubt = 1 if _work_of(cut) in proven else UNPROVEN
-        return cut.time(n, rows) * doubt, -cut.rows * cut.tokens
+        return cut.time(form, n, rows) * doubt, -cut.rows * cut.tokens
 
     # of equal ones the first, whose step is the likeliest
     return min(cuts(form, n, k, rows, token_counts(rows)), key=cost)
@@ -237,7 +243,7 @@ def _spread(cut: Cut, form: Format, n: int, k: int, rows: int) -> Cut:
         )
     )
     at_once = [one for one in (evened(one, rows) for one in options) if one.waves(n, rows) == 1]
-    return min(at_once, key=lambda one: one.work(rows), default=cut)
+    return min(at_once, key=lambda one: one.work(form, rows), default=cut)
 
 
 def evened(cut: Cut, rows: int) -> Cut:

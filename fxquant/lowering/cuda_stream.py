@@ -73,11 +73,9 @@ class Shape(NamedTuple):
     def stage_bytes(self, form: Format) -> int:
         """Bytes of one stage of the pipeline."""
         row = self.step * form.x_bits // 8
+        tile = self.step // form.unit * form.unit_bytes
         if form.row_major:
             tile = TILE * (row if self.fetched else row + 16)
-        else:
-            units = -(-self.step // form.unit)
-            tile = self.step * TILE * form.bits // 8 + units * form.qparam_bytes
         stage = self.warps_n * self.row_tiles * tile
         stage += self.tokens * (row if self.warpgroup else row + 16)
         return -(-stage // 1024) * 1024 if self.warpgroup else stage
@@ -100,13 +98,9 @@ class Shape(NamedTuple):
 
     def fits(self, form: Format, k: int) -> bool:
         """Whether the kernel can be cut like this."""
-        fits = k % self.step == 0 and self.holds(form) and self.threads <= 1024
+        fits = k % self.step == 0 and self.step % form.unit == 0 and self.threads <= 1024
         fits = fits and self.shared(form) * self.blocks <= SHARED_LIMIT
         return fits and (self.fits_wgmma(form) if self.warpgroup else self.stages >= 2)
-
-    def holds(self, form: Format) -> bool:
-        """Whether a stage has whole units of the stream, or if the copy engine fetches it a part of one."""
-        return self.step % form.unit == 0 or (self.fetched and form.unit % self.step == 0)
 
     def fits_wgmma(self, form: Format) -> bool:
         """Four warps a group, rows of 128 bytes, numbers of columns that the instruction has, and a stage

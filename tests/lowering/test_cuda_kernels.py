@@ -225,7 +225,7 @@ def test_cuts_fit_and_cover_all_rows():
         found = tuner.stream_cuts(get_scheme(scheme), 4096, k, rows)
         assert bool(found) == (rows <= 256) and all(s.fits(form, k) for s in found)
         found = tuner.pipeline_cuts(get_scheme(scheme), 4096, k, rows)
-        assert bool(found) == (rows > 8) and all(s.fits(form, k) for s in found)
+        assert found and all(s.fits(form, k) for s in found)
 
 
 def test_tiles_share_the_rows_evenly():
@@ -271,21 +271,6 @@ def test_wgmma_takes_only_what_the_instruction_has():
     for wrong in (good._replace(stages=2), good._replace(warps_n=2), good._replace(tokens=12)):
         assert not wrong.fits(half, 4096), wrong
     assert not good.fits(half, 4096 + 64), "k is not whole steps"
-
-
-def test_the_copy_engine_brings_parts_of_units():
-    """A group of 128 by halves leaves room for more stages; 16-bit activations alone have rows of 64 k."""
-    deep = cuda_cuts.Cut(2, 1, 256, 64, 5)
-    weight_only, integers = (
-        cuda_layout.format_of(get_scheme(s)) for s in ("int4wo-128", "8da4w-128")
-    )
-    assert deep.fits(weight_only, 4096) and not deep.fits(integers, 4096)
-    assert not deep.shape._replace(fetched=0).fits(weight_only, 4096), "threads copy whole units"
-    qparams = 8 * 64  # of 128 channels, four bytes each
-    for cut in (deep, deep._replace(step=128)):
-        weights, activations = 128 * cut.step // 2 + qparams, cut.step * 256 * 2
-        stage = cut.shape.stage_bytes(weight_only)
-        assert 0 <= stage - weights - activations < 1024, "in whole rows of swizzled activations"
 
 
 def test_float8_sums_leave_the_tensor_core_in_time():

@@ -96,11 +96,11 @@ def test_the_model_picks_what_it_thinks_the_fastest(n, k, rows):
     """Within what it distrusts unproven cuts by, and what is lost by cutting like numbers of rows alike."""
     form = cuda_layout.format_of(get_scheme("int4wo-64"))
     tokens = cuda_cuts.token_counts(rows)
-    best = min(cut.time(n, rows) for cut in cuda_cuts.cuts(form, n, k, rows, tokens))
+    best = min(cut.time(form, n, rows) for cut in cuda_cuts.cuts(form, n, k, rows, tokens))
     for device in ("NVIDIA H200", "another"):
         cut = cuda_cuts.cut_for(get_scheme("int4wo-64"), n, k, rows, device)
         assert cut.fits(form, k)
-        assert cut.time(n, rows) <= 1.01 * cuda_cuts.UNPROVEN * 1.2 * best
+        assert cut.time(form, n, rows) <= 1.01 * cuda_cuts.UNPROVEN * 1.2 * best
 
 
 def test_a_proven_cut_is_preferred_to_one_that_is_little_faster():

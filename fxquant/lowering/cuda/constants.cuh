@@ -34,10 +34,6 @@ constexpr int QPARAM_BYTES = GROUPED ? (ZERO ? 64 : 32) : 0;
 constexpr int UNIT = GROUPED ? CHUNK : 32;
 constexpr int UNIT_BYTES = UNIT / 32 * BLOCK_BYTES + QPARAM_BYTES;
 
-// What a stage has of a unit: all of it, or a part and the qparams once more
-constexpr int SEGMENT = STEP < UNIT ? STEP : UNIT;
-constexpr int SEGMENT_BYTES = SEGMENT / 32 * BLOCK_BYTES + QPARAM_BYTES;
-
 // Rows in shared memory start an odd multiple of 16 bytes apart, so that the eight rows of a matrix
 // that ldmatrix reads meet different banks. wgmma reads rows of 128 bytes, swizzled.
 constexpr int X_ROW = STEP * X_BITS / 8;
@@ -47,7 +43,7 @@ constexpr int X_BYTES = WARPGROUP ? TOKENS * X_ROW : TOKENS * STRIDE;
 // 8-bit products need no unpacking: their weight stays as it is, [n, k], which other kernels share,
 // and is read as the activations are.
 constexpr bool ROW_MAJOR = BITS == 8 && X_BITS == 8;
-constexpr int PIECE_ROW = ROW_MAJOR ? STEP : STEP / SEGMENT * SEGMENT_BYTES;  // contiguous in memory
+constexpr int PIECE_ROW = ROW_MAJOR ? STEP : STEP / UNIT * UNIT_BYTES;  // contiguous in memory
 constexpr int PIECE_STRIDE = ROW_MAJOR && !FETCHED ? STRIDE : PIECE_ROW;
 constexpr int PIECE_ROWS = ROW_MAJOR ? 16 : 1;  // of them in a tile
 constexpr int STEP_BYTES = PIECE_ROWS * PIECE_STRIDE;

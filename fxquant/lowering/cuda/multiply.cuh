@@ -12,19 +12,19 @@ __device__ __forceinline__ u32 token_address(int lane) {
 __device__ __forceinline__ void multiply_codes(u32 weights, u32 x, int lane, u32 base, Sums& sums) {
   const u32 ones[4] = {ONES, ONES, ONES, ONES};
 #pragma unroll
-  for (int chunk = 0; chunk < STEP / SEGMENT; ++chunk) {
+  for (int chunk = 0; chunk < STEP / UNIT; ++chunk) {
     float part[ROW_TILES][TOKEN_TILES][4] = {}, x_sum[TOKEN_TILES][4] = {};
 #pragma unroll
-    for (int block = 0; block < SEGMENT / 32; ++block) {
+    for (int block = 0; block < UNIT / 32; ++block) {
       u32 a[ROW_TILES][2][4];
 #pragma unroll
       for (int r = 0; r < ROW_TILES; ++r) {
-        const u32 at = weights + r * STEP_BYTES + chunk * SEGMENT_BYTES + block * BLOCK_BYTES;
+        const u32 at = weights + r * STEP_BYTES + chunk * UNIT_BYTES + block * BLOCK_BYTES;
         widen_weights(load_shared<BITS / 2>(at + lane * (BLOCK_BYTES / 32)), Qparams(), base, a[r]);
       }
 #pragma unroll
       for (int j = 0; j < TOKEN_TILES; ++j) {
-        const u32 from = x + token_address(lane) + j * 8 * STRIDE + (chunk * (SEGMENT / 32) + block) * 64;
+        const u32 from = x + token_address(lane) + j * 8 * STRIDE + (chunk * (UNIT / 32) + block) * 64;
         const Words<4> b = load_matrices<4>(from);
 #pragma unroll
         for (int s = 0; s < 2; ++s) {
@@ -36,7 +36,7 @@ __device__ __forceinline__ void multiply_codes(u32 weights, u32 x, int lane, u32
     }
 #pragma unroll
     for (int r = 0; r < ROW_TILES; ++r) {
-      const Qparams q = load_qparams(weights + r * STEP_BYTES + (chunk + 1) * SEGMENT_BYTES - QPARAM_BYTES, lane >> 2);
+      const Qparams q = load_qparams(weights + r * STEP_BYTES + (chunk + 1) * UNIT_BYTES - QPARAM_BYTES, lane >> 2);
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const float scale = __uint_as_float(q.scale[half]);
@@ -53,11 +53,11 @@ __device__ __forceinline__ void multiply_codes(u32 weights, u32 x, int lane, u32
   }
 }
 
-// Block number ``block`` of a tile, with the qparams of the segment that it begins or goes on with
+// Block number ``block`` of a tile, with the qparams of the unit that it begins or goes on with
 __device__ __forceinline__ void unpack(u32 tile, int block, int lane, Qparams& q, u32 (&a)[2][4]) {
-  const u32 segment = tile + block / (SEGMENT / 32) * SEGMENT_BYTES;
-  if (GROUPED && block % (SEGMENT / 32) == 0) q = load_qparams(segment + SEGMENT_BYTES - QPARAM_BYTES, lane >> 2);
-  const u32 mine = segment + block % (SEGMENT / 32) * BLOCK_BYTES + lane * (BLOCK_BYTES / 32);
+  const u32 unit = tile + block / (UNIT / 32) * UNIT_BYTES;
+  if (GROUPED && block % (UNIT / 32) == 0) q = load_qparams(unit + UNIT_BYTES - QPARAM_BYTES, lane >> 2);
+  const u32 mine = unit + block % (UNIT / 32) * BLOCK_BYTES + lane * (BLOCK_BYTES / 32);
   widen_weights(load_shared<BITS / 2>(mine), q, 0, a);
 }
 
@@ -147,7 +147,7 @@ __device__ __forceinline__ void multiply(u32 weights, u32 x, int lane, u32 base,
 // starts there, and leaves as a float by one subtraction.
 constexpr int MAGIC = 0x4b400000;
 
-constexpr int DEPTH = SEGMENT / 32;
+constexpr int DEPTH = UNIT / 32;
 
 // The scales of a lane's two rows; codes are 16 times their value.
 __device__ __forceinline__ void load_scales(u32 unit, int lane, float (&scale)[2]) {
@@ -155,7 +155,7 @@ __device__ __forceinline__ void load_scales(u32 unit, int lane, float (&scale)[2
   for (int half = 0; half < 2; ++half) {
     u16 s;
     const u32 row = (lane >> 2) + 8 * half;
-    asm volatile("ld.shared.b16 %0, [%1];" : "=h"(s) : "r"(unit + SEGMENT_BYTES - QPARAM_BYTES + 2 * row));
+    asm volatile("ld.shared.b16 %0, [%1];" : "=h"(s) : "r"(unit + UNIT_BYTES - QPARAM_BYTES + 2 * row));
     scale[half] = widen(s, 1) * 0.0625f;
   }
 }
@@ -166,7 +166,7 @@ __device__ __forceinline__ void load_scales(u32 unit, int lane, float (&scale)[2
 constexpr int PARTS = TOKENS <= 64 ? 2 : 1;
 
 __device__ __forceinline__ void multiply(u32 weights, u32 x, int lane, u32 base, Sums& sums) {
-  constexpr int ITEMS = STEP / SEGMENT * ROW_TILES;
+  constexpr int ITEMS = STEP / UNIT * ROW_TILES;
   int part[PARTS][TOKEN_TILES][4];
   u32 a[PARTS][DEPTH][4];
   float scale[PARTS][2];
@@ -174,7 +174,7 @@ __device__ __forceinline__ void multiply(u32 weights, u32 x, int lane, u32 base,
   for (int i = 0; i < ITEMS + PARTS - 1; ++i) {
     if (i < ITEMS) {
       const int chunk = i / ROW_TILES, at = i % PARTS;
-      const u32 unit = weights + i % ROW_TILES * STEP_BYTES + chunk * SEGMENT_BYTES;
+      const u32 unit = weights + i % ROW_TILES * STEP_BYTES + chunk * UNIT_BYTES;
 #pragma unroll
       for (int block = 0; block < DEPTH; ++block) load_weights(unit + block * BLOCK_BYTES, lane, a[at][block]);
       load_scales(unit, lane, scale[at]);
@@ -203,12 +203,12 @@ __device__ __forceinline__ void multiply(u32 weights, u32 x, int lane, u32 base,
 
 __device__ __forceinline__ void multiply(u32 weights, u32 x, int lane, u32 base, Sums& sums) {
 #pragma unroll
-  for (int chunk = 0; chunk < STEP / SEGMENT; ++chunk) {
+  for (int chunk = 0; chunk < STEP / UNIT; ++chunk) {
     u32 a[ROW_TILES][DEPTH][4];
     float scale[ROW_TILES][2];
 #pragma unroll
     for (int r = 0; r < ROW_TILES; ++r) {
-      const u32 at = weights + r * STEP_BYTES + chunk * SEGMENT_BYTES;
+      const u32 at = weights + r * STEP_BYTES + chunk * UNIT_BYTES;
 #pragma unroll
       for (int block = 0; block < DEPTH; ++block) load_weights(at + block * BLOCK_BYTES, lane, a[r][block]);
       load_scales(at, lane, scale[r]);

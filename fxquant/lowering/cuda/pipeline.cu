@@ -116,16 +116,8 @@ __device__ __forceinline__ void fetch_weights(const Arguments& p, u32 to, int ti
     for (int s = 0; s < STEP / 128; ++s)
       fetch_box(to + s * 64 * 128, p.rows, i * STEP + s * 128, tile * 16, barrier, policy);
   } else {
-    const char* from = p.weight + static_cast<u64>(tile) * (p.k / UNIT) * UNIT_BYTES;
-    to += lane * STEP_BYTES;
-    if constexpr (STEP >= UNIT) {
-      fetch_bulk(to, from + i * STEP_BYTES, STEP_BYTES, barrier, policy);
-    } else {
-      constexpr int PARTS = UNIT / STEP, CODE_BYTES = STEP_BYTES - QPARAM_BYTES;
-      from += i / PARTS * UNIT_BYTES;
-      fetch_bulk(to, from + i % PARTS * CODE_BYTES, CODE_BYTES, barrier, policy);
-      fetch_bulk(to + CODE_BYTES, from + UNIT_BYTES - QPARAM_BYTES, QPARAM_BYTES, barrier, policy);
-    }
+    const char* from = p.weight + static_cast<u64>(tile) * (p.k / UNIT) * UNIT_BYTES + i * STEP_BYTES;
+    fetch_bulk(to + lane * STEP_BYTES, from, STEP_BYTES, barrier, policy);
   }
 }
 
