@@ -110,7 +110,8 @@ class Shape(NamedTuple):
             8 if form.x_bits == 16 or self.tokens <= 32 else 16,
         )
         shaped = self.warps_n % 4 == 0 and row % 128 == 0 and self.tokens % columns == 0
-        return shaped and self.stages >= 3 and (self.fetched or not form.float8 or form.x_bits != 8)
+        moved = self.fetched == 1 or not (form.float8 and form.x_bits == 8)
+        return shaped and moved and self.stages >= 3
 
 
 @remembered

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 
 import pytest
@@ -186,10 +187,13 @@ def test_a_measured_kernel_that_cannot_be_used_leaves_its_rows_to_others(monkeyp
     forget()
 
 
-def test_a_siblings_reading_of_the_same_layer_comes_before_the_schemes_own_of_another():
+def test_a_siblings_reading_of_the_same_layer_comes_before_the_schemes_own_of_another(monkeypatch):
     device, family = "NVIDIA H200", "w4a16"
-    table = tuning.tuned_table(device)
-    assert "int4wo-128 14336x4096" not in table["kernels"]
+    table = copy.deepcopy(tuning.tuned_table(device))
+    monkeypatch.setattr(tuning, "tuned_table", lambda device: table)
+    tuning.tuned_shapes.cache_clear()
+    table["kernels"].pop("int4wo-128 14336x4096")
+    table["shapes"].pop("int4wo-128 14336x4096")
     sibling = [tuple(step) for step in table["kernels"]["int4wo-64 14336x4096"]]
     assert tuning.tuned_kernels(device, "int4wo-128", family, 14336, 4096) == sibling
     own = [tuple(step) for step in table["kernels"]["int4wo-128 28672x4096"]]
@@ -198,3 +202,4 @@ def test_a_siblings_reading_of_the_same_layer_comes_before_the_schemes_own_of_an
     assert list(cuts[0]) == table["shapes"]["int4wo-64 14336x4096"][0][1]
     cuts = tuning.tuned_shapes(device, "shapes", "int4wo-64", family, 28672, 4096, 1)
     assert list(cuts[0]) == table["shapes"]["int4wo-64 28672x4096"][0][1]
+    tuning.forget()
