@@ -47,6 +47,7 @@ from fxquant.lowering.dispatch import prequantized, run_kernel
 from fxquant.lowering.kernel import KERNELS, Kernel, Layout, Problem
 from fxquant.lowering.select import select
 from fxquant.lowering.triton_quantize import are_many, is_served
+from fxquant.lowering.triton_widen import widen
 from fxquant.measure import copies, replayed
 from fxquant.scheme import SCHEMES, Quantized, QuantSpec, Scheme, get_scheme
 
@@ -73,21 +74,25 @@ OVERLAPPING = {"options": overlapping({}, "kernels.py")} if torch.cuda.is_availa
 
 
 @cache
-def quantization(scheme: Scheme) -> Callable[[torch.Tensor], list[torch.Tensor]]:
-    """x -> (codes, scale[, zero]) as a graph has it: few rows as Inductor compiles them, once for each k and
-    one or more rows, its kernel overlapping with the product's; many by a kernel of their own."""
+def quantization(
+    scheme: Scheme, widened: bool = False
+) -> Callable[[torch.Tensor], list[torch.Tensor]]:
+    """x -> (codes, scale[, zero]), or widened (codes less the zero point, scale), as a graph has it: few rows
+    as Inductor compiles them, once for each k and one or more rows, overlapping with the product; many by a
+    kernel of their own."""
     spec = scheme.input
     assert spec is not None
 
     def quantize(x: torch.Tensor) -> list[torch.Tensor]:
-        return [t for t in spec.quantize(x) if t is not None]
+        q = spec.quantize(x)
+        return [widen(q.codes, q.zero), q.scale] if widened else [t for t in q if t is not None]
 
     settings: dict[str, Any] = {"dynamic": False, "fullgraph": True, "backend": BACKEND}
     few = torch.compile(quantize, **settings, **OVERLAPPING)
 
     def either(x: torch.Tensor) -> list[torch.Tensor]:
         own = is_served(x, spec) and are_many(x)
-        codes = torch.ops.fxquant.quantize_rows(x, scheme.name) if own else few(x)
+        codes = torch.ops.fxquant.quantize_rows(x, scheme.name, "", widened) if own else few(x)
         return [any_number(t) for t in codes]
 
     return either
@@ -132,14 +137,19 @@ class Subject:
     def call(self, kernel: Kernel, layout: str) -> Callable[..., torch.Tensor]:
         """(x, *packed) -> y, quantization included."""
         scheme, name, n = self.scheme, kernel.name, self.n
+        cutter = tuner.CUTTERS.get(name)
+        widened = cutter is not None and cutter.widened
 
         def product(x: torch.Tensor, codes: Sequence[torch.Tensor], *packed: torch.Tensor):
+            if widened:
+                run = torch.ops.fxquant.widened_linear
+                return run(*codes, None, packed, None, scheme.name, "", n, x.dtype)
             row = prequantized(scheme, codes)
             return run_kernel(name, row, layout, x, packed, None, "", n)
 
         if name in tuner.COMPOSED:
             product = torch.compile(product, dynamic=False, fullgraph=True, backend=BACKEND)
-        quantize = (lambda x: []) if scheme.input is None else quantization(scheme)
+        quantize = (lambda x: []) if scheme.input is None else quantization(scheme, widened)
         return lambda x, *packed: product(x, quantize(x), *packed)
 
     def read(self, kernel: Kernel, layout: Layout, x: torch.Tensor, copy: float) -> Reading:

@@ -274,7 +274,7 @@ class _Subject:
         return lambda packed: product([t for t in codes if t is not None], packed)
 
 
-COMPOSED = frozenset({"dequantize", "int_mm", "cuda_dequantize_w4a8", "cuda_pipeline_w4a8_widened"})
+COMPOSED = frozenset({"dequantize", "int_mm", "cuda_dequantize_w4a8"})
 """Kernels that are several torch ops: in a graph Inductor fuses what is around the product."""
 
 

@@ -209,6 +209,23 @@ def test_a_wrong_kernel_is_noticed(kernels, monkeypatch):
     assert subject.read(KERNELS["dequantize"], layout, x, 1e12)["error"] > 1
 
 
+def test_widened_activations_are_made_with_their_codes(kernels, monkeypatch):
+    """As a graph has them: no kernel between quantization and product."""
+    scheme, seen = get_scheme("8da4w-32"), []
+    monkeypatch.setattr(kernels, "BACKEND", "eager")
+    monkeypatch.setattr(kernels, "select", lambda problem: Choice(LAYOUTS[CANONICAL], (), {}))
+    monkeypatch.setattr(torch.ops.fxquant, "widened_linear", lambda *args: seen.append(args))
+    subject = kernels.Subject(scheme, torch.randn(96, 64))
+    x = kernels.activations(4, 64, CPU)
+    subject.call(KERNELS["cuda_pipeline_w4a8_widened"], CANONICAL)(x, *subject.packs[CANONICAL][0])
+    torch._dynamo.reset()
+    ((codes, scale, zero, packed, bias, *rest),) = seen
+    q = scheme.input.quantize(x)
+    assert torch.equal(codes, kernels.widen(q.codes, q.zero)) and codes.dtype == torch.bfloat16
+    assert torch.equal(scale, q.scale) and zero is bias is None
+    assert rest == ["8da4w-32", "", 96, torch.bfloat16] and len(packed) == 2
+
+
 def test_what_is_launched_is_compiled_ahead(kernels, monkeypatch):
     monkeypatch.setattr(nvrtc, "refusal", lambda: None)
     monkeypatch.setattr(kernels, "device_row", lambda device: HOPPER)
