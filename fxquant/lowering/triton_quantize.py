@@ -62,55 +62,91 @@ def divided(x, y, FUSED: tl.constexpr):
 
 
 @jit
-def quantize_rows_kernel(
-    x, codes, scale, zero, K,
-    INVERSE: tl.constexpr, ASYMMETRIC: tl.constexpr, FLOAT8: tl.constexpr, BLOCK: tl.constexpr,
-    SMALLEST: tl.constexpr, LARGEST: tl.constexpr, GATE: tl.constexpr, FUSED: tl.constexpr,
-    WIDENED: tl.constexpr, OVERLAP: tl.constexpr,
-):  # fmt: skip
-    """codes[row, :] of x[row, :K] with the row's scale and zero point. INVERSE: of half the codes' range.
-    WIDENED: codes are those less the zero point, as ``fxquant.widen`` has them.
-    GATE: an activation; the row is that of x[row, :K], times x[row, K : 2 K]."""
-    row = tl.program_id(0).to(tl.int64)
-    at = tl.arange(0, BLOCK)
+def loaded(x, row, at, K, GATE: tl.constexpr):
+    """The columns ``at`` of x[row, :K], or of what the activation GATE makes of it, times x[row, K : 2 K]."""
     inside = at < K
-    wait_for_previous_kernel(OVERLAP)
     if GATE == "":
         values = tl.load(x + row * K + at, inside, 0.0).to(tl.float32)
     else:
         first = tl.load(x + row * 2 * K + at, inside, 0.0).to(tl.float32)
         second = tl.load(x + row * 2 * K + K + at, inside, 0.0).to(tl.float32)
         values = (activate(first, GATE) * second).to(x.dtype.element_ty).to(tl.float32)
-    # Without their sign, bits order all numbers as integers; those of a NaN are larger.
-    bits = values.to(tl.int32, bitcast=True) & 0x7FFFFFFF
-    largest = tl.max(bits, 0).to(tl.float32, bitcast=True)
-    radius = largest
-    if ASYMMETRIC:
-        low = tl.minimum(tl.min(values, 0), 0.0)
-        radius = tl.maximum(tl.max(values, 0), 0.0) / 2 - low / 2
-    step = tl.where(radius == 0, 1.0, radius * INVERSE)
-    step = tl.minimum(tl.maximum(step, SMALLEST), LARGEST)
-    step = tl.where(largest <= LARGEST, step, float("nan"))
-    tl.store(scale + row, step)
+    return values
+
+
+@jit
+def largest_of(values):
+    """Without their sign, bits order all numbers as integers; those of a NaN are larger."""
+    return tl.max(values.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 0)
+
+
+@jit
+def coded(values, step, center, FLOAT8: tl.constexpr, FUSED: tl.constexpr):
+    """Codes before they are cast; ``center``: the zero point, which a NaN gets too."""
     if FLOAT8:
         found = divided(values, step, FUSED)
         clamped = tl.minimum(tl.maximum(found, -448.0), 448.0)
         found = tl.where(found != found, found, clamped)
     else:
         found = nearest(values * tl.math.div_rn(tl.full((), 1.0, tl.float32), step))
-        center = 0.0
-        if ASYMMETRIC:
-            center = tl.minimum(
-                tl.maximum(-128.0 - nearest(tl.math.div_rn(low, step)), -128.0), 127.0
-            )
-            center = tl.where(step != step, 0.0, center)
-            if not WIDENED:
-                tl.store(zero + row, center.to(tl.int32))
         found = tl.where(found != found, center, found + center)
         found = tl.minimum(tl.maximum(found, -128.0), 127.0)
+    return found
+
+
+@jit
+def quantize_rows_kernel(
+    x, codes, scale, zero, K,
+    INVERSE: tl.constexpr, ASYMMETRIC: tl.constexpr, FLOAT8: tl.constexpr, BLOCK: tl.constexpr,
+    REST: tl.constexpr, SMALLEST: tl.constexpr, LARGEST: tl.constexpr, GATE: tl.constexpr,
+    FUSED: tl.constexpr, WIDENED: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    """codes[row, :] of x[row, :K] (or of what GATE makes of it: ``loaded``) with the row's scale and zero
+    point. INVERSE: of half the codes' range. WIDENED: codes are those less the zero point, as
+    ``fxquant.widen`` has them. The program holds BLOCK values of the row, and REST more, if any."""
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.arange(0, BLOCK)
+    wait_for_previous_kernel(OVERLAP)
+    values = loaded(x, row, at, K, GATE)
+    bits = largest_of(values)
+    low, high = tl.min(values, 0), tl.max(values, 0)
+    if REST > 0:
+        rest_at = BLOCK + tl.arange(0, REST)
+        rest = loaded(x, row, rest_at, K, GATE)
+        bits = tl.maximum(bits, largest_of(rest))
+        low, high = tl.minimum(low, tl.min(rest, 0)), tl.maximum(high, tl.max(rest, 0))
+    largest = bits.to(tl.float32, bitcast=True)
+    radius = largest
+    if ASYMMETRIC:
+        low = tl.minimum(low, 0.0)
+        radius = tl.maximum(high, 0.0) / 2 - low / 2
+    step = tl.where(radius == 0, 1.0, radius * INVERSE)
+    step = tl.minimum(tl.maximum(step, SMALLEST), LARGEST)
+    step = tl.where(largest <= LARGEST, step, float("nan"))
+    tl.store(scale + row, step)
+    center = 0.0
+    if ASYMMETRIC:
+        center = tl.minimum(tl.maximum(-128.0 - nearest(tl.math.div_rn(low, step)), -128.0), 127.0)
+        center = tl.where(step != step, 0.0, center)
+        if not WIDENED:
+            tl.store(zero + row, center.to(tl.int32))
+    found = coded(values, step, center, FLOAT8, FUSED)
     if WIDENED:
         found = in_lanes(found - center, BLOCK)
-    tl.store(codes + row * K + at, found.to(codes.dtype.element_ty), inside)
+    tl.store(codes + row * K + at, found.to(codes.dtype.element_ty), at < K)
+    if REST > 0:
+        found = coded(rest, step, center, FLOAT8, FUSED)
+        if WIDENED:
+            found = in_lanes(found - center, REST)
+        tl.store(codes + row * K + rest_at, found.to(codes.dtype.element_ty), rest_at < K)
+
+
+def parts_of(k: int) -> tuple[int, int]:
+    """Powers of two that together hold ``k`` values: the least one, or where that saves a fourth of it, the
+    one below and the least that holds the rest."""
+    whole = max(1 << (k - 1).bit_length(), 64)
+    rest = max(1 << max(k - whole // 2 - 1, 0).bit_length(), 32)
+    return (whole // 2, rest) if whole // 2 + rest <= 0.75 * whole else (whole, 0)
 
 
 def warps_for(rows: int, values: int, units: int) -> int:
@@ -145,15 +181,17 @@ def quantize_rows(
         if INTERPRET and spec.dtype.is_floating_point:  # it does not round to float8 as a GPU does
             codes = codes.float()
         half = FLOAT8_LARGEST if spec.dtype.is_floating_point else (INT8.max - INT8.min) / 2
-        block = max(1 << (k - 1).bit_length(), 16)
+        block, rest = parts_of(k)
         units = device_row(x.device).units
         with torch.cuda.device_of(x):
             quantize_rows_kernel[(rows,)](
                 x.contiguous(), codes, scale, found[-1], k,
                 INVERSE=1 / half, ASYMMETRIC=spec.mapping == "asymmetric",
-                FLOAT8=spec.dtype.is_floating_point, BLOCK=block, SMALLEST=SMALLEST, LARGEST=LARGEST,
+                FLOAT8=spec.dtype.is_floating_point, BLOCK=block, REST=rest,
+                SMALLEST=SMALLEST, LARGEST=LARGEST,
                 GATE=GATES.get(gate, ""), FUSED=not INTERPRET, WIDENED=widened,
-                num_warps=warps_for(rows, block * (2 if gate else 1), units), enable_fp_fusion=False,
+                num_warps=warps_for(rows, (block + rest) * (2 if gate else 1), units),
+                enable_fp_fusion=False,
                 **overlap(x),
             )  # fmt: skip
         found[0] = codes if widened else codes.to(spec.codes_dtype)

@@ -61,9 +61,10 @@ def test_equals_the_reference(scheme, shape, dtype):
 @pytest.mark.parametrize("gate", ["silu_mul", "gelu_mul", "gelu_tanh_mul", "relu_mul"])
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_what_a_gate_makes(scheme, gate, dtype):
+@pytest.mark.parametrize("k", [200, 80])
+def test_what_a_gate_makes(scheme, gate, dtype, k):
     """Rounded once, to the type of its halves (a GPU's exponential may differ in the last bits)."""
-    x = torch.randn(5, 2 * 200, device=DEVICE).to(dtype)
+    x = torch.randn(5, 2 * k, device=DEVICE).to(dtype)
     found = torch.ops.fxquant.quantize_rows(x, scheme, gate)
     spec = get_scheme(scheme).input
     wanted = finish(x.float(), gate).to(dtype)
@@ -93,10 +94,13 @@ ROWS = {
 }
 
 
+@pytest.mark.parametrize("before", [0, 1100])
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("name", ROWS)
-def test_rows_that_are_odd(name, scheme):
+def test_rows_that_are_odd(name, scheme, before):
+    """At their beginning, and where a program holds the rest of a row apart."""
     x = torch.tensor([ROWS[name], [1.0, 2.0, -3.0, 0.25]], device=DEVICE)
+    x = torch.cat([torch.zeros(2, before, device=DEVICE), x], 1)
     found = torch.ops.fxquant.quantize_rows(x, scheme)
     same(found, torch.ops.fxquant.quantize(x, scheme, "input"))
 
@@ -108,6 +112,21 @@ def test_rows_of_a_larger_tensor(scheme):
         torch.ops.fxquant.quantize_rows(x, scheme),
         torch.ops.fxquant.quantize(x.contiguous(), scheme, "input"),
     )
+
+
+def test_a_row_is_held_in_no_more_than_it_needs():
+    parts = {k: triton_quantize.parts_of(k) for k in (1, 80, 896, 2560, 4096, 4864, 11008, 14336)}
+    assert parts == {
+        1: (64, 0),
+        80: (64, 32),
+        896: (1024, 0),
+        2560: (2048, 512),
+        4096: (4096, 0),
+        4864: (4096, 1024),
+        11008: (8192, 4096),
+        14336: (16384, 0),
+    }
+    assert all(sum(triton_quantize.parts_of(k)) >= k for k in range(1, 40000, 7))
 
 
 @pytest.fixture
