@@ -40,7 +40,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from llama_model import SHAPES, TORCHAO, Decoder, Generator, build, conversion, model_bytes
+from llama_model import KNOWN, SHAPES, TORCHAO, Decoder, Generator, build, conversion, model_bytes
 from llama_process import Watched, stop
 from llama_report import (
     GROUP,
@@ -342,9 +342,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     args.layers = args.layers or SHAPES[args.shape].layers
     args.batch = [int(b) for b in args.batch.split(",")]
     args.names = args.contenders.split(",")
-    known = {"bf16", *fxquant.SCHEMES, *(f"torchao-{s}" for s in TORCHAO)}
-    if unknown := sorted(set(args.names) - known):
-        parser.error(f"unknown contenders {unknown}; known are {sorted(known)}")
+    if unknown := sorted(set(args.names) - KNOWN):
+        parser.error(f"unknown contenders {unknown}; known are {sorted(KNOWN)}")
     if args.prompt < 1 or args.tokens < 1 or args.prompt + args.tokens > args.length:
         parser.error("--length must hold --prompt and --tokens, each at least 1")
     if args.prefill == 1:

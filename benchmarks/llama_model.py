@@ -275,12 +275,21 @@ TORCHAO = ("int4wo-64", "fp8dq", "int8wo", "int8dq", "fp8wo", "8da4w-32")
 """The schemes that torchao has a configuration for here."""
 
 
-def _torchao(scheme: str) -> Convert:
-    """torchao's recommended settings, its process-wide flags for Inductor included.
+UNTUNED = "-untuned"
+"""After a contender of torchao's: without its flags for Inductor, whose search (coordinate descent in all
+directions, for each kernel when it is first run) had not ended after 300 s for int8 and float8 on an H200."""
+
+KNOWN = {"bf16", *fxquant.SCHEMES, *(f"torchao-{s}{end}" for s in TORCHAO for end in ("", UNTUNED))}
+
+
+def _torchao(name: str) -> Convert:
+    """torchao's recommended settings, its process-wide flags for Inductor included, but for UNTUNED ones.
 
     int4 as tile_packed_to_4d: the only packing for CUDA that torch itself can run.
     """
     from torchao import quantization as ao
+
+    scheme = name.removesuffix(UNTUNED)
 
     configs: dict[str, Callable[[], Any]] = {
         "int4wo-64": lambda: ao.Int4WeightOnlyConfig(
@@ -295,6 +304,7 @@ def _torchao(scheme: str) -> Convert:
         ),
     }
     config = configs[scheme]()
+    config.set_inductor_config = not name.endswith(UNTUNED)
     return lambda part: ao.quantize_(part, config)
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from llama_model import UNTUNED
 from tabulate import tabulate
 
 import fxquant
@@ -141,7 +142,9 @@ def table(readings: Sequence[Reading], prefills: Sequence[Reading]) -> str:
     filled = {r["contender"]: r for r in prefills}
     rows = []
     for name, r in decoded.items():
-        p, twin = filled.get(name, {}), decoded.get(f"torchao-{name}", {})
+        p = filled.get(name, {})
+        theirs = (decoded.get(f"torchao-{name}{end}", {}) for end in ("", UNTUNED))
+        twin = next((found for found in theirs if "tokens_per_s" in found), {})
         bf16, bf16_p = decoded.get("bf16", {}), filled.get("bf16", {})
         alone = bf16 and r["date"] != bf16["date"]
         rows.append(
