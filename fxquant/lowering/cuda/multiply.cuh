@@ -61,8 +61,11 @@ __device__ __forceinline__ void unpack(u32 tile, int block, int lane, Qparams& q
   widen_weights(load_shared<BITS / 2>(mine), q, 0, a);
 }
 
-// Blocks that are unpacked before their products begin: of few tokens several, whose latencies overlap
-constexpr int AT_ONCE = TOKENS <= 64 && STEP / 32 % 2 == 0 ? 2 : 1;
+// Blocks that are unpacked before their products begin: of few tokens two, whose latencies overlap
+constexpr int AT_ONCE = TOKENS <= 32 && STEP % 128 == 0 ? 2 : 1;
+// wgmma reads its left operand from registers until it is done, one group of products behind: what the next
+// stage unpacks first must not be what this one unpacked last.
+static_assert(!WARPGROUP || STEP / 32 / AT_ONCE % 2 == 0, "groups of products take turns");
 
 __device__ __forceinline__ void multiply(u32 weights, u32 x, int lane, u32 base, Sums& sums) {
   if (SCALE_SUMS) return multiply_codes(weights, x, lane, base, sums);
