@@ -173,6 +173,10 @@ def splits_of(cut: Cut, form: Format, n: int, k: int, rows: int) -> list[Cut]:
     return [one for one in fitting if one.splits == 1 or one.waves(n, rows) == 1]
 
 
+SMALL = 64
+"""Tokens of a tile below which it is for few rows: many are not cut like that, though nothing larger was
+measured."""
+
 UNPROVEN = 1.15
 """What a cut that was nowhere the fastest is thought to take beyond its ``time``."""
 
@@ -206,7 +210,8 @@ def _picked(
     plain = sorted(PLAIN, key=lambda cut: abs(cut.tokens - rows))
     cut = next(cut for cut in (*tuned, *plain) if cut.fits(form, k))
     known = is_measured(device, section, scheme.name, n, k)
-    if rows >= BY_MODEL and not (known and evened(cut, rows) == cut):
+    suited = evened(cut, rows) == cut and (cut.tokens >= SMALL or rows <= 2 * cut.tokens)
+    if rows >= BY_MODEL and not (known and suited):
         likely = next(most for most in itertools.chain(LIKE, (rows,)) if most >= rows)
         cut = _by_model(section, form, scheme.family, n, k, likely, device)
     elif not known and cut.busy(n, rows) < BUSY:

@@ -11,7 +11,15 @@ import torch
 import fxquant
 from fxquant import tuner
 from fxquant.affine import unpack_codes
-from fxquant.lowering import cuda_cuts, cuda_layout, cuda_pipeline, cuda_prefill, cuda_stream, nvrtc
+from fxquant.lowering import (
+    cuda_cuts,
+    cuda_layout,
+    cuda_pipeline,
+    cuda_prefill,
+    cuda_stream,
+    nvrtc,
+    tuning,
+)
 from fxquant.lowering.cuda_stream import Shape
 from fxquant.lowering.kernel import KERNELS, Device, Problem
 from fxquant.lowering.select import select
@@ -256,6 +264,18 @@ def test_a_measured_tile_that_the_rows_do_not_fill_is_not_kept():
     assert (whole.tokens, whole.step) == (256, 64)
     part = cuda_cuts.cut_for(row, 28672, 4096, 129, "NVIDIA H200")
     assert part.tokens == 160 and part.step == 128
+
+
+def test_a_tile_of_few_tokens_is_not_kept_for_many_rows(monkeypatch):
+    """Though nothing larger was measured: whoever tunes a layer for decoding prefills it too."""
+    few = {**{section: {} for section in tuning.SECTIONS}, "pipelines": {}}
+    few["pipelines"]["int4wo-64 4096x4096"] = [[0, [1, 1, 16, 256, 4, 2, 2]]]
+    monkeypatch.setattr(tuning, "tuned_table", lambda device: few)
+    forget()
+    row = get_scheme("int4wo-64")
+    tokens = {m: cuda_cuts.cut_for(row, 4096, 4096, m, "some").tokens for m in (1, 16, 64, 2048)}
+    forget()
+    assert tokens[1] == tokens[16] == 16 and tokens[64] >= 32 and tokens[2048] >= 128
 
 
 def test_wgmma_takes_only_what_the_instruction_has():

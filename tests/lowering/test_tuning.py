@@ -174,10 +174,10 @@ def test_a_measured_kernel_that_cannot_be_used_leaves_its_rows_to_others(monkeyp
         return select(one).at(rows).name
 
     forget()
-    assert [at(torch.bfloat16, m) for m in (1, 16, 64, 2048)] == [
+    assert [at(torch.bfloat16, m) for m in (8, 16, 64, 2048)] == [
         "cuda_w4a8", "cuda_pipeline_w4a8", *["cuda_pipeline_w4a8_widened"] * 2,
     ]  # fmt: skip
-    assert [at(torch.float16, m) for m in (1, 16, 2048)] == [
+    assert [at(torch.float16, m) for m in (8, 16, 2048)] == [
         "cuda_w4a8", "cuda_pipeline_w4a8", "cuda_dequantize_w4a8",
     ]  # fmt: skip
     assert at(torch.float32, 2048) == "cuda_w4a8", "nothing else of its layout takes float32"
