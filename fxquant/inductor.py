@@ -20,7 +20,10 @@ from torch._inductor.compile_fx import compile_fx
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._inductor.decomposition import select_decomp_table
 from torch._inductor.dependencies import MemoryDep
+from torch._inductor.ir import Pointwise
+from torch._inductor.lowering import fallback_handler, lowerings, register_lowering
 from torch._inductor.scheduler import FusedSchedulerNode, SchedulerNode
+from torch._inductor.virtualized import ops as loop_ops
 from torch._logging import trace_structured
 from torch._ops import HigherOrderOperator
 from torch._subclasses import FakeTensor, FakeTensorMode
@@ -32,6 +35,7 @@ __all__ = [
     "FakeTensor",
     "FakeTensorMode",
     "HigherOrderOperator",
+    "Pointwise",
     "Regions",
     "ambient",
     "calling",
@@ -40,6 +44,9 @@ __all__ = [
     "example_values",
     "inductor_options",
     "is_persistent",
+    "loop_ops",
+    "lower_to_loops",
+    "lowerings",
     "mode_options",
     "nbytes",
     "outside_autocast",
@@ -181,6 +188,23 @@ def trace_decomposed(function: Callable, *values: Any) -> fx.GraphModule:
 def realize(node: fx.Node) -> None:
     """Inductor is to keep what ``node`` computes in a buffer, and not to write it into each use."""
     node.meta["inductor_realize_to_strides"] = True
+
+
+def lower_to_loops(op: Any) -> Callable[[Callable], Callable]:
+    """Inductor is to lower ``op``, one of ours, to what the function makes of its arguments; where that is
+    None, to a call, as without it."""
+
+    def register(lower: Callable) -> Callable:
+        call = fallback_handler(op, add_to_fallback_set=False)
+
+        def lowered(*args: Any, **kwargs: Any) -> Any:
+            found = lower(*args, **kwargs)
+            return call(*args, **kwargs) if found is None else found
+
+        register_lowering(op, type_promotion_kind=None)(lowered)
+        return lower
+
+    return register
 
 
 def _trace(function: Callable, values: Sequence[Any], **settings: Any) -> fx.GraphModule:
