@@ -48,11 +48,9 @@ __all__ = [
     "lower_to_loops",
     "lowerings",
     "mode_options",
-    "nbytes",
     "outside_autocast",
     "retrace",
     "source_name",
-    "storage_of",
     "trace_decomposed",
     "trace_function",
     "tree_flatten",
@@ -154,10 +152,8 @@ def _autocast(regions: Sequence[tuple[Any, ...]]) -> Iterator[None]:
 
 def example_values(gm: fx.GraphModule) -> list[Any]:
     """The fake inputs that Dynamo traced ``gm`` with."""
-    found = []
-    for node in gm.graph.find_nodes(op="placeholder"):
-        found.append(node.meta.get("example_value", node.meta.get("val")))
-    return found
+    nodes = gm.graph.find_nodes(op="placeholder")
+    return [node.meta.get("example_value", node.meta.get("val")) for node in nodes]
 
 
 def _mode_of(values: Sequence[Any]) -> Any:
@@ -190,21 +186,16 @@ def realize(node: fx.Node) -> None:
     node.meta["inductor_realize_to_strides"] = True
 
 
-def lower_to_loops(op: Any) -> Callable[[Callable], Callable]:
-    """Inductor is to lower ``op``, one of ours, to what the function makes of its arguments; where that is
-    None, to a call, as without it."""
+def lower_to_loops(op: Any, lower: Callable[..., Any]) -> None:
+    """Inductor is to lower ``op``, one of ours, to what ``lower`` makes of its arguments; where that is None,
+    to a call, as without it."""
+    call = fallback_handler(op, add_to_fallback_set=False)
 
-    def register(lower: Callable) -> Callable:
-        call = fallback_handler(op, add_to_fallback_set=False)
+    def lowered(*args: Any, **kwargs: Any) -> Any:
+        found = lower(*args, **kwargs)
+        return call(*args, **kwargs) if found is None else found
 
-        def lowered(*args: Any, **kwargs: Any) -> Any:
-            found = lower(*args, **kwargs)
-            return call(*args, **kwargs) if found is None else found
-
-        register_lowering(op, type_promotion_kind=None)(lowered)
-        return lower
-
-    return register
+    register_lowering(op, type_promotion_kind=None)(lowered)
 
 
 def _trace(function: Callable, values: Sequence[Any], **settings: Any) -> fx.GraphModule:
@@ -232,19 +223,6 @@ def is_persistent(node: fx.Node, example: Any) -> bool:
     if not isinstance(example, torch.Tensor) or "_dynamo_static_input_type" not in tensor_dict:
         return False
     return bool(re.search(r"\._(buffers|parameters)\[", source_name(node)))
-
-
-def storage_of(tensor: torch.Tensor) -> int:
-    """The identity of the storage that ``tensor`` looks at: views share it, fake tensors have one, and
-    oneDNN's opaque layout, which has none, counts as one of its own."""
-    return id(tensor) if tensor.is_mkldnn else tensor.untyped_storage()._cdata
-
-
-def nbytes(tensor: torch.Tensor) -> int:
-    """Bytes that ``tensor`` holds, oneDNN's opaque layout included."""
-    if tensor.is_mkldnn:
-        return int(torch.ops.mkldnn._nbytes(tensor))
-    return tensor.numel() * tensor.element_size()
 
 
 def mode_options(mode: str | None) -> dict[str, Any]:
@@ -387,8 +365,7 @@ def compile_graph(
         [n.meta.get("val") for n in gm.graph.nodes]
     )
     static = [mode.from_tensor(t, static_shapes=True) if mode else t for t in packed]
-    placeholders = gm.graph.find_nodes(op="placeholder")
-    for i, node in enumerate(placeholders[len(placeholders) - len(packed) :]):
+    for i, node in enumerate(gm.graph.find_nodes(op="placeholder")[len(inputs) :]):
         node._dynamo_source = ConstantSource(f"fxquant_packed_{i}")
         node.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
     return compile_fx(gm, [*inputs, *static], config_patches=patches)  # type: ignore[return-value]

@@ -1,8 +1,8 @@
 """Inductor: rows of activations quantized in the loops that it generates, behind the norm that made them.
 
-The arithmetic of ``affine`` once more, in the ops of a loop. As ATen ops each linear had 22 to 37 of it,
-and Inductor took 5 ms for each: to match patterns, to lower it, to count what it reads. Here a result
-costs one loop.
+The arithmetic of ``affine`` once more, in the ops of a loop. As ATen ops it was 17 to 37 nodes at every
+linear, and Inductor took some 4 ms for each: its passes looked at it, lowered it, counted what it reads.
+Here a result costs one loop, of the fewest ops that give the same bits: each is traced several times over.
 """
 
 from __future__ import annotations
@@ -155,7 +155,6 @@ def _everywhere(qparam: Any) -> Values:
     return lambda index: values([0] * rank)
 
 
-@lower_to_loops(ops.quantize.default)
 def _quantize(x: Any, scheme: str, role: str, gate: str = "") -> list[Any] | None:
     spec, shape = spec_of(scheme, role), x.get_size()
     if role != "input" or gate or not shape or not are_rows(shape[-1], x.get_dtype(), spec):
@@ -163,10 +162,13 @@ def _quantize(x: Any, scheme: str, role: str, gate: str = "") -> list[Any] | Non
     return _quantized(x, spec)
 
 
-@lower_to_loops(ops.quantize_static.default)
 def _quantize_static(x: Any, scale: Any, zero: Any, scheme: str) -> Any | None:
     spec = spec_of(scheme, "input")
     if not is_static(x.get_dtype(), scale.get_dtype(), spec):
         return None
     center = None if zero is None else _everywhere(zero)
     return _codes(x, _everywhere(scale), center, spec.dtype)
+
+
+lower_to_loops(ops.quantize.default, _quantize)
+lower_to_loops(ops.quantize_static.default, _quantize_static)

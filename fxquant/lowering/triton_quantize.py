@@ -171,7 +171,7 @@ KNOWN = (
 def are_known(spec: QuantSpec) -> bool:
     """Whether the arithmetic here is that of ``spec``, but for what shares a scale."""
     known = (spec.dtype, spec.mapping, spec.zero_point_domain) in KNOWN
-    return known and spec.scale_dtype == torch.float32
+    return known and spec.scale_dtype == torch.float32 and spec.preserve_zero is not False
 
 
 def is_served(x: torch.Tensor, spec: QuantSpec, gate: str = "") -> bool:
