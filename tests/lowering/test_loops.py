@@ -10,6 +10,7 @@ from torch._inductor.utils import fresh_cache, run_and_get_code
 import fxquant  # noqa: F401
 from fxquant.inductor import FakeTensorMode, trace_decomposed
 from fxquant.passes.expansion import expand
+from tests.conftest import called
 
 ops = torch.ops.fxquant
 K = 96
@@ -42,12 +43,6 @@ def same(found: list[torch.Tensor], wanted: list[torch.Tensor]) -> None:
     ]
     for a, b in zip(found, wanted, strict=True):
         assert torch.equal(a.isnan(), b.isnan()) and torch.equal(bits(a), bits(b))
-
-
-def called(name: str, code: list[str]) -> bool:
-    """Whether the generated code calls ``fxquant.<name>``: its comments name it anyhow."""
-    lines = (line for text in code for line in text.splitlines())
-    return any(f"ops.fxquant.{name}" in n for n in lines if not n.lstrip().startswith(("#", "//")))
 
 
 def compiled(function, *args, dynamic=False):

@@ -10,7 +10,7 @@ from torch._inductor.utils import fresh_cache, run_and_get_code
 
 import fxquant
 from fxquant import inductor
-from tests.lowering.test_loops import called
+from tests.conftest import called
 
 
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
