@@ -20,7 +20,10 @@ from torch._inductor.compile_fx import compile_fx
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._inductor.decomposition import select_decomp_table
 from torch._inductor.dependencies import MemoryDep
+from torch._inductor.ir import Pointwise
+from torch._inductor.lowering import fallback_handler, lowerings, register_lowering
 from torch._inductor.scheduler import FusedSchedulerNode, SchedulerNode
+from torch._inductor.virtualized import ops as loop_ops
 from torch._logging import trace_structured
 from torch._ops import HigherOrderOperator
 from torch._subclasses import FakeTensor, FakeTensorMode
@@ -32,6 +35,7 @@ __all__ = [
     "FakeTensor",
     "FakeTensorMode",
     "HigherOrderOperator",
+    "Pointwise",
     "Regions",
     "ambient",
     "calling",
@@ -40,13 +44,14 @@ __all__ = [
     "example_values",
     "inductor_options",
     "is_persistent",
+    "loop_ops",
+    "lower_to_loops",
+    "lowerings",
     "mode_options",
-    "nbytes",
     "outside_autocast",
     "overlapping",
     "retrace",
     "source_name",
-    "storage_of",
     "trace_decomposed",
     "trace_function",
     "tree_flatten",
@@ -148,10 +153,8 @@ def _autocast(regions: Sequence[tuple[Any, ...]]) -> Iterator[None]:
 
 def example_values(gm: fx.GraphModule) -> list[Any]:
     """The fake inputs that Dynamo traced ``gm`` with."""
-    found = []
-    for node in gm.graph.find_nodes(op="placeholder"):
-        found.append(node.meta.get("example_value", node.meta.get("val")))
-    return found
+    nodes = gm.graph.find_nodes(op="placeholder")
+    return [node.meta.get("example_value", node.meta.get("val")) for node in nodes]
 
 
 def _mode_of(values: Sequence[Any]) -> Any:
@@ -184,6 +187,18 @@ def realize(node: fx.Node) -> None:
     node.meta["inductor_realize_to_strides"] = True
 
 
+def lower_to_loops(op: Any, lower: Callable[..., Any]) -> None:
+    """Inductor is to lower ``op``, one of ours, to what ``lower`` makes of its arguments; where that is None,
+    to a call, as without it."""
+    call = fallback_handler(op, add_to_fallback_set=False)
+
+    def lowered(*args: Any, **kwargs: Any) -> Any:
+        found = lower(*args, **kwargs)
+        return call(*args, **kwargs) if found is None else found
+
+    register_lowering(op, type_promotion_kind=None)(lowered)
+
+
 def _trace(function: Callable, values: Sequence[Any], **settings: Any) -> fx.GraphModule:
     mode = _mode_of(values)
     assert mode is not None, "tracing needs fake values"
@@ -209,19 +224,6 @@ def is_persistent(node: fx.Node, example: Any) -> bool:
     if not isinstance(example, torch.Tensor) or "_dynamo_static_input_type" not in tensor_dict:
         return False
     return bool(re.search(r"\._(buffers|parameters)\[", source_name(node)))
-
-
-def storage_of(tensor: torch.Tensor) -> int:
-    """The identity of the storage that ``tensor`` looks at: views share it, fake tensors have one, and
-    oneDNN's opaque layout, which has none, counts as one of its own."""
-    return id(tensor) if tensor.is_mkldnn else tensor.untyped_storage()._cdata
-
-
-def nbytes(tensor: torch.Tensor) -> int:
-    """Bytes that ``tensor`` holds, oneDNN's opaque layout included."""
-    if tensor.is_mkldnn:
-        return int(torch.ops.mkldnn._nbytes(tensor))
-    return tensor.numel() * tensor.element_size()
 
 
 def mode_options(mode: str | None) -> dict[str, Any]:
@@ -364,8 +366,7 @@ def compile_graph(
         [n.meta.get("val") for n in gm.graph.nodes]
     )
     static = [mode.from_tensor(t, static_shapes=True) if mode else t for t in packed]
-    placeholders = gm.graph.find_nodes(op="placeholder")
-    for i, node in enumerate(placeholders[len(placeholders) - len(packed) :]):
+    for i, node in enumerate(gm.graph.find_nodes(op="placeholder")[len(inputs) :]):
         node._dynamo_source = ConstantSource(f"fxquant_packed_{i}")
         node.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
     return compile_fx(gm, [*inputs, *static], config_patches=patches)  # type: ignore[return-value]

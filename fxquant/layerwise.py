@@ -26,12 +26,12 @@ from .errors import (
     ShapeMismatch,
     UnsupportedDtype,
 )
-from .inductor import storage_of
 from .modules import QuantLinear
 from .ops import compute_dtype
 from .recipe import Recipe
 from .scheme import Scheme, get_scheme
 from .sensitivities import Effect, Sensitivity
+from .storage import storage_of
 
 Loss = Callable[[Any, Any], Any]
 

@@ -93,11 +93,11 @@ def quantize(x: torch.Tensor, scheme: str, role: str, gate: str = "") -> list[to
 @torch.library.register_fake("fxquant::quantize", lib=LIBRARY, allow_override=True)
 def quantize_fake(x, scheme, role, gate=""):  # shapes alone: the reference is a score of ops
     spec = spec_of(scheme, role)
-    x = x[..., : outputs(x.shape[-1], gate)]
-    codes = x.new_empty((*x.shape[:-1], spec.stored_width(x.shape[-1])), dtype=spec.codes_dtype)
-    blocks = [
-        1 if b == -1 else n // b for n, b in zip(x.shape, spec.block_size(x.dim()), strict=True)
-    ]
+    *lead, k = x.shape
+    shape = [*lead, outputs(k, gate)]
+    codes = x.new_empty([*lead, spec.stored_width(shape[-1])], dtype=spec.codes_dtype)
+    extents = zip(shape, spec.block_size(x.dim()), strict=True)
+    blocks = [1 if b == -1 else n // b for n, b in extents]
     scale = x.new_empty(blocks, dtype=spec.scale_dtype)
     zero = {"none": None, "float": spec.scale_dtype, "int": torch.int32}[spec.zero_point_domain]
     return [codes, scale] if zero is None else [codes, scale, x.new_empty(blocks, dtype=zero)]

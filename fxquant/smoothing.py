@@ -19,11 +19,11 @@ from torch import fx, nn
 from .capture import clean
 from .errors import InvalidOption
 from .graph import parameters
-from .inductor import storage_of
 from .passes.equalization import alpha_of, groups_of, largest_inputs, smoothing_scale
 from .scheme import Scheme
 from .solvers import Gram, search_scales
 from .solvers.smoothquant import least_error
+from .storage import storage_of
 
 aten = torch.ops.aten
 log = logging.getLogger("fxquant.smoothing")

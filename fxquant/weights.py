@@ -18,9 +18,10 @@ import torch
 from torch import fx, nn
 
 from .errors import NonFiniteWeight
-from .inductor import nbytes, outside_autocast
+from .inductor import outside_autocast
 from .lowering.kernel import LAYOUTS
 from .scheme import get_scheme
+from .storage import nbytes
 
 ops = torch.ops.fxquant
 Fingerprint = tuple[tuple[int, int], ...]

@@ -1,4 +1,4 @@
-"""What all tests share: small seeded models, SQNR, and compilation without Inductor."""
+"""What all tests share: small seeded models, SQNR, what code calls, compilation without Inductor."""
 
 from __future__ import annotations
 
@@ -53,6 +53,12 @@ def sqnr(found: torch.Tensor, wanted: torch.Tensor) -> float:
     """Signal-to-quantization-noise ratio in dB."""
     found, wanted = found.double(), wanted.double()
     return float(10 * torch.log10(wanted.square().sum() / (found - wanted).square().sum()))
+
+
+def called(name: str, code: list[str]) -> bool:
+    """Whether the generated code calls ``fxquant.<name>``: its comments name it anyhow."""
+    lines = (line for text in code for line in text.splitlines())
+    return any(f"ops.fxquant.{name}" in n for n in lines if not n.lstrip().startswith(("#", "//")))
 
 
 def linear_on(

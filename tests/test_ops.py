@@ -95,7 +95,7 @@ def test_static_codes_saturate_in_any_rank():
 
 
 def test_storages_are_told_apart():
-    from fxquant.inductor import storage_of
+    from fxquant.storage import storage_of
 
     x = torch.randn(4, 4)
     assert storage_of(x) == storage_of(x.t()) == storage_of(x[1:].detach())

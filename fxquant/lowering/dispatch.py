@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from ..inductor import storage_of
 from ..ops import LIBRARY, define, finish, outputs
 from ..scheme import Quantized, QuantSpec, Scheme, get_scheme
+from ..storage import storage_of
 from .kernel import CANONICAL, KERNELS, LAYOUTS
 
 

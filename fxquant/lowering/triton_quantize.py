@@ -198,12 +198,18 @@ def quantize_rows(
     return found
 
 
-SERVED = (
-    # what the kernel knows of an input: dtype, mapping, domain of the zero point
+KNOWN = (
+    # dtype, mapping, domain of the zero point
     (torch.int8, "symmetric", "none"),
     (torch.int8, "asymmetric", "int"),
     (torch.float8_e4m3fn, "symmetric", "none"),
 )
+
+
+def are_known(spec: QuantSpec) -> bool:
+    """Whether the arithmetic here is that of ``spec``, but for what shares a scale."""
+    known = (spec.dtype, spec.mapping, spec.zero_point_domain) in KNOWN
+    return known and spec.scale_dtype == torch.float32 and spec.preserve_zero is not False
 
 
 def is_served(x: torch.Tensor, spec: QuantSpec, gate: str = "") -> bool:
@@ -215,9 +221,8 @@ def is_served(x: torch.Tensor, spec: QuantSpec, gate: str = "") -> bool:
         return False
     if spec.dtype.is_floating_point and x.is_cuda and "sm89" not in device_row(x.device).features:
         return False
-    token = spec.granularity == "token" and spec.scale_dtype == torch.float32
-    served = (spec.dtype, spec.mapping, spec.zero_point_domain) in SERVED
-    return token and served and isinstance(k, int) and 0 < k <= WIDEST
+    token = spec.granularity == "token" and are_known(spec)
+    return token and isinstance(k, int) and 0 < k <= WIDEST
 
 
 def are_many(x: torch.Tensor, gate: str = "") -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -10,9 +11,10 @@ from torch import fx
 
 from ..graph import describe, emit, inline, replace, value
 from ..inductor import realize, trace_decomposed
+from ..lowering.loops import are_rows, is_static
 from ..lowering.triton_quantize import are_many, is_served
 from ..lowering.triton_widen import widen
-from ..ops import quantize, quantize_static, spec_of
+from ..ops import finish, outputs, quantize, quantize_static, spec_of
 
 aten = torch.ops.aten
 ops = torch.ops.fxquant
@@ -25,19 +27,23 @@ REFERENCES = {
 
 
 def expand(graph: fx.Graph) -> None:
-    """Put the ops of each ``fxquant.quantize`` into Inductor's graph, where they fuse with others. Where
-    there are many rows, or nothing to fuse with, they stay one kernel of our own.
+    """Have Inductor write out each ``fxquant.quantize`` in loops, which fuse with others. Where there are
+    many rows, or nothing to fuse with, it stays one kernel of our own.
 
     One node until here: AOTAutograd runs every op of a graph several times over, and thirty of them
-    at every linear would cost it more than the rest of the model.
+    at every linear would cost it more than the rest of the model. Inductor's passes are no cheaper: where
+    ``loops`` lowers a node it stays one, the same, so that they need not look at what reads it again.
+    The ops of the reference serve the others.
     """
     bodies: dict[Any, fx.GraphModule] = {}
     for target in REFERENCES:
         for node in graph.find_nodes(op="call_function", target=target):
-            if target is ops.quantize.default and _has_kernel(node):
+            if _has_kernel(node):
                 _keep_whole(graph, node)
-            else:
+            elif not _has_loops(node):
                 _expand_one(graph, node, bodies)
+            elif target is ops.quantize.default and _arguments(node)[3]:
+                _expand_gate(graph, node, bodies)
 
 
 def _keep_whole(graph: fx.Graph, node: fx.Node) -> None:
@@ -75,6 +81,8 @@ def _arguments(node: fx.Node) -> tuple[Any, ...]:
 
 
 def _has_kernel(node: fx.Node) -> bool:
+    if node.target is not ops.quantize.default:
+        return False
     x, scheme, role, gate = _arguments(node)
     if role != "input" or not is_served(value(x), spec_of(scheme, role), gate):
         return False
@@ -89,21 +97,28 @@ def _follows_a_kernel(x: fx.Node) -> bool:
     return ours or x.target in PRODUCTS
 
 
-def _expand_one(graph: fx.Graph, node: fx.Node, bodies: dict[Any, fx.GraphModule]) -> None:
-    tensors = node.all_input_nodes
-    places = [tensors.index(a) if isinstance(a, fx.Node) else None for a in node.args]
-    literals = tuple(None if isinstance(a, fx.Node) else a for a in node.args)
-    values = [value(a) for a in tensors]
-    key = (node.target, literals, *places, *((describe(v), v.device) for v in values))
-    if key not in bodies:
+def _has_loops(node: fx.Node) -> bool:
+    if node.target is ops.quantize.default:
+        x, scheme, role, gate = _arguments(node)
+        shape, dtype = value(x).shape, value(x).dtype
+        k = outputs(shape[-1], gate) if shape else 0
+        return role == "input" and are_rows(k, dtype, spec_of(scheme, role))
+    if node.target is ops.quantize_static.default:
+        x, scale, _, scheme = node.args
+        return is_static(value(x).dtype, value(scale).dtype, spec_of(scheme, "input"))
+    return False
 
-        def compute(*given: torch.Tensor) -> Any:
-            args = [x if i is None else given[i] for i, x in zip(places, literals, strict=True)]
-            return REFERENCES[node.target](*args)  # type: ignore[index]
 
-        bodies[key] = trace_decomposed(compute, *values)
+def _expand_gate(graph: fx.Graph, node: fx.Node, bodies: dict[Any, fx.GraphModule]) -> None:
+    x, scheme, role, gate = _arguments(node)
     with graph.inserting_before(node):
-        results = inline(graph, node, bodies[key], tensors)
+        x = _inline(graph, node, finish, (x, gate), bodies)
+        replace(node, emit(graph, node, ops.quantize.default, x, scheme, role))
+
+
+def _expand_one(graph: fx.Graph, node: fx.Node, bodies: dict[Any, fx.GraphModule]) -> None:
+    with graph.inserting_before(node):
+        results = _inline(graph, node, REFERENCES[node.target], node.args, bodies)
     for qparam in results[1:] if isinstance(results, (list, tuple)) else ():
         realize(qparam)  # otherwise the codes' loop, and all others, would compute it again
     if isinstance(results, fx.Node):
@@ -112,3 +127,26 @@ def _expand_one(graph: fx.Graph, node: fx.Node, bodies: dict[Any, fx.GraphModule
     for user in list(node.users):
         replace(user, results[user.args[1]])  # type: ignore[index]
     graph.erase_node(node)
+
+
+def _inline(
+    graph: fx.Graph,
+    like: fx.Node,
+    reference: Callable[..., Any],
+    arguments: Sequence[Any],
+    bodies: dict[Any, fx.GraphModule],
+) -> Any:
+    """The ops of ``reference`` at these arguments; ``bodies``: those traced before, for equal ones."""
+    tensors = [*dict.fromkeys(a for a in arguments if isinstance(a, fx.Node))]
+    places = [tensors.index(a) if isinstance(a, fx.Node) else None for a in arguments]
+    literals = tuple(None if isinstance(a, fx.Node) else a for a in arguments)
+    values = [value(a) for a in tensors]
+    key = (reference, literals, *places, *((describe(v), v.device) for v in values))
+    if key not in bodies:
+
+        def compute(*given: torch.Tensor) -> Any:
+            args = [x if i is None else given[i] for i, x in zip(places, literals, strict=True)]
+            return reference(*args)
+
+        bodies[key] = trace_decomposed(compute, *values)
+    return inline(graph, like, bodies[key], tensors)

@@ -84,8 +84,9 @@ def test_one_kernel_where_nothing_else_reads_what_is_quantized(name, monkeypatch
     gm.recompile()
     kernels = gm.graph.find_nodes(op="call_function", target=ops.quantize_rows.default)
     assert [len(k.args) == 4 and k.args[3] for k in kernels] == wanted
-    for target in (ops.quantize.default, ops.widen.default):
-        assert not gm.graph.find_nodes(op="call_function", target=target)
+    assert not gm.graph.find_nodes(op="call_function", target=ops.widen.default)
+    left = gm.graph.find_nodes(op="call_function", target=ops.quantize.default)
+    assert len(left) == (not wanted), "few rows are for Inductor's loops"
     for found, expected in zip(gm(x), before, strict=True):
         # the kernel's scale may differ in its last bit, and with it a code on a half
         assert found.dtype == expected.dtype and float((found - expected).abs().max()) <= 1
