@@ -52,7 +52,6 @@ class Cut(NamedTuple):
             1,
             self.blocks,
             self.splits,
-            1,
         )
 
     @property
@@ -77,7 +76,7 @@ class Cut(NamedTuple):
 
     def shared(self, form: Format) -> int:
         """Bytes of shared memory: the ring, what is being written, and the barriers; or partial sums."""
-        stage = self.shape.stage_bytes(form)
+        stage = self.shape.stage_bytes(form, fetched=True)
         part = (32 if self.tokens % 32 == 0 else 16) * (128 * self.row_tiles + 16)
         ring = self.stages * stage + self.warpgroups * part + 16 * self.stages
         return max(ring, self.tokens * (self.rows + 4) * 4 if self.splits > 1 else 0)
@@ -122,7 +121,7 @@ class Cut(NamedTuple):
     def fits(self, form: Format, k: int) -> bool:
         """Whether the kernel can be cut like this."""
         fits = k % self.step == 0 and self.step % form.unit == 0
-        fits = fits and self.shape.fits_wgmma(form) and self.tokens % 16 == 0
+        fits = fits and self.shape.fits_wgmma(form, fetched=True) and self.tokens % 16 == 0
         fits = fits and self.row_tiles * self.warpgroups <= 8 and self.tokens <= 256
         fits = fits and self.sums(form) + SPARE <= self.registers
         fits = (

@@ -36,7 +36,8 @@ from .triton_launch import estimate, input_is
 def source(form: Format, cut: Cut, half: bool) -> str:
     """The text of ``pipeline_linear``."""
     multiply = "multiply_whole.cuh" if form.row_major else "multiply.cuh"
-    return warpgroup_product(form, cut.tokens, half, form.row_major) + text_of(
+    product = warpgroup_product(form, cut.tokens, half, form.row_major)
+    return f"#define FETCHED 1\n{product}" + text_of(
         "constants.cuh",
         "ptx.cuh",
         "unpack.cuh",

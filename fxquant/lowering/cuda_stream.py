@@ -60,7 +60,6 @@ class Shape(NamedTuple):
     warpgroup: int = 0
     blocks: int = 1
     splits: int = 1
-    fetched: int = 0
 
     @property
     def threads(self) -> int:
@@ -70,12 +69,13 @@ class Shape(NamedTuple):
     def rows(self) -> int:
         return TILE * self.row_tiles * self.warps_n
 
-    def stage_bytes(self, form: Format) -> int:
-        """Bytes of one stage of the pipeline."""
+    def stage_bytes(self, form: Format, fetched: bool = False) -> int:
+        """Bytes of one stage of the pipeline; ``fetched`` by the copy engine, rows of weights are swizzled
+        instead of padded."""
         row = self.step * form.x_bits // 8
         tile = self.step // form.unit * form.unit_bytes
         if form.row_major:
-            tile = TILE * (row if self.fetched else row + 16)
+            tile = TILE * (row if fetched else row + 16)
         stage = self.warps_n * self.row_tiles * tile
         stage += self.tokens * (row if self.warpgroup else row + 16)
         return -(-stage // 1024) * 1024 if self.warpgroup else stage
@@ -102,7 +102,7 @@ class Shape(NamedTuple):
         fits = fits and self.shared(form) * self.blocks <= SHARED_LIMIT
         return fits and (self.fits_wgmma(form) if self.warpgroup else self.stages >= 2)
 
-    def fits_wgmma(self, form: Format) -> bool:
+    def fits_wgmma(self, form: Format, fetched: bool = False) -> bool:
         """Four warps a group, rows of 128 bytes, numbers of columns that the instruction has, and a stage
         more. Its float8 sums have 14 bits: those stay with mma, unless they are moved on in time."""
         row, columns = (
@@ -110,7 +110,7 @@ class Shape(NamedTuple):
             8 if form.x_bits == 16 or self.tokens <= 32 else 16,
         )
         shaped = self.warps_n % 4 == 0 and row % 128 == 0 and self.tokens % columns == 0
-        moved = self.fetched == 1 or not (form.float8 and form.x_bits == 8)
+        moved = fetched or not (form.float8 and form.x_bits == 8)
         return shaped and moved and self.stages >= 3
 
 

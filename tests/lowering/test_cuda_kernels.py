@@ -300,7 +300,7 @@ def test_float8_sums_leave_the_tensor_core_in_time():
     cut = cuda_cuts.Cut(2, 1, 256, 128, 4)
     assert cut.fits(integers, 4096) and not cut.fits(form, 4096)
     assert cut._replace(tokens=128).fits(form, 4096)
-    assert not cut.shape._replace(tokens=64, fetched=0).fits(form, 4096), "by mma alone"
+    assert not cut.shape._replace(tokens=64).fits(form, 4096), "where threads copy: by mma alone"
 
 
 def taken(kernel: str) -> list[torch.dtype]:

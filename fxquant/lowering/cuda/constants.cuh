@@ -5,10 +5,14 @@
 //   WIDENED: the activations' 8-bit codes come as 16-bit floats, the weight lies as for 8-bit products;
 //   TOKENS of a block of threads (1, or a multiple of 8), ROW_TILES of a warp, WARPS_N, WARPS_K,
 //   STEP (k of a pipeline stage), STAGES; WARPGROUP: four warps multiply together (wgmma);
-//   FETCHED: the copy engine fills the stages; BLOCKS of threads that a multiprocessor should hold; SPLITS;
+//   BLOCKS of threads that a multiprocessor should hold; SPLITS;
 //   Y_TYPE, BIAS_TYPE: 0 none, 1 bfloat16, 2 float16, 3 float32; ACTIVATION: 0 none, 1 relu,
 //   2 gelu, 3 gelu_tanh, 4 silu; GATED: the activation of the first half of the channels times the
 //   second half is the result.
+
+#ifndef FETCHED  // 1 where the copy engine fills the stages: the source of such a kernel begins with it
+#define FETCHED 0
+#endif
 
 typedef unsigned int u32;
 typedef unsigned short u16;
