@@ -66,7 +66,7 @@ def compiled(
     )  # fmt: skip
 
 
-@lru_cache(maxsize=1024)
+@lru_cache(maxsize=1 << 14)  # one for each weight of a large model
 def tensor_map(address: int, rows: int, row_bytes: int, box_rows: int) -> bytes:
     """The descriptor with which the copy engine fetches 128 bytes of ``box_rows`` rows, swizzled."""
     driver, _ = nvrtc.bindings()

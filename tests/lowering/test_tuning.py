@@ -187,6 +187,23 @@ def test_a_measured_kernel_that_cannot_be_used_leaves_its_rows_to_others(monkeyp
     forget()
 
 
+@pytest.mark.parametrize("scheme", ["int8dq", "fp8dq"])
+def test_8_bit_products_take_the_pipeline_where_k_is_whole_rows(scheme, monkeypatch):
+    """Rows of 128 bytes; another k leaves its rows to kernels that read the same weight."""
+    monkeypatch.setattr(nvrtc, "refusal", lambda: None)
+    device = dataclasses.replace(HOPPER, name="NVIDIA H200")
+    forget()
+    for n, k in ((4096, 4096), (896, 4864), (28672, 4096)):
+        choice = select(problem(scheme, n, k, device=device))
+        assert choice.measured and choice.at(64).name == "cuda_pipeline_w8a8"
+    other = select(problem(scheme, 4096, 4096 + 64, device=device))
+    assert other.measured and other.layout is choice.layout
+    names = {other.at(m).name for m in (1, 17, 64, 256, 2048)}
+    assert "cuda_pipeline_w8a8" not in names and "dequantize" not in names
+    assert "128" in other.refused["cuda_pipeline_w8a8"]
+    forget()
+
+
 def test_a_siblings_reading_of_the_same_layer_comes_before_the_schemes_own_of_another(monkeypatch):
     device, family = "NVIDIA H200", "w4a16"
     table = copy.deepcopy(tuning.tuned_table(device))
