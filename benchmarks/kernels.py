@@ -42,6 +42,7 @@ from llama_report import machine, rounded
 
 from fxquant import tuner
 from fxquant.inductor import overlapping
+from fxquant.lifting import sources_hash
 from fxquant.lowering.devices import device_row
 from fxquant.lowering.dispatch import prequantized, run_kernel
 from fxquant.lowering.kernel import KERNELS, Kernel, Layout, Problem
@@ -70,7 +71,7 @@ CHECKED_ROWS, CHECKED_COLUMNS = 64, 2048
 HOT = 256
 """Rows from which on products heat the GPU so that its clocks fall: bfloat16 is read beside each scheme."""
 BACKEND = "inductor"
-OVERLAPPING = {"options": overlapping({}, "kernels.py")} if torch.cuda.is_available() else {}
+OVERLAPPING = {"options": overlapping({}, sources_hash())} if torch.cuda.is_available() else {}
 
 
 @cache

@@ -30,7 +30,8 @@ ABOUT = (
     "begins (its first batch size); prefill: one sequence; cosine: the first decoded logits to bfloat16's,\n"
     "mean over the batch; repeats: all runs decode the same tokens. Weights are random: cosines say\n"
     "that the arithmetic is right, not how good a real model is. lm_head is quantized like all linears.\n"
-    "*: not in one run with the bf16 row."
+    "*: not in one run with the bf16 row. **: over torchao without its settings for Inductor (-untuned),\n"
+    "where with them there is no reading."
 )
 
 
@@ -145,6 +146,7 @@ def table(readings: Sequence[Reading], prefills: Sequence[Reading]) -> str:
         p = filled.get(name, {})
         theirs = (decoded.get(f"torchao-{name}{end}", {}) for end in ("", UNTUNED))
         twin = next((found for found in theirs if "tokens_per_s" in found), {})
+        untuned = twin.get("contender", "").endswith(UNTUNED)
         bf16, bf16_p = decoded.get("bf16", {}), filled.get("bf16", {})
         alone = bf16 and r["date"] != bf16["date"]
         rows.append(
@@ -152,7 +154,7 @@ def table(readings: Sequence[Reading], prefills: Sequence[Reading]) -> str:
                 f"{name} *" if alone else name,
                 _text(r.get("tokens_per_s"), ".1f"),
                 _ratio(r, bf16, "tokens_per_s"),
-                _ratio(r, twin, "tokens_per_s"),
+                _ratio(r, twin, "tokens_per_s") + " **" * untuned,
                 _text(r.get("gb_per_s"), ".0f"),
                 _text(r.get("peak_gb"), ".2f"),
                 _text(r.get("model_gb"), ".3f"),

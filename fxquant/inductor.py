@@ -189,7 +189,7 @@ def realize(node: fx.Node) -> None:
 
 def lower_to_loops(op: Any, lower: Callable[..., Any]) -> None:
     """Inductor is to lower ``op``, one of ours, to what ``lower`` makes of its arguments; where that is None,
-    to a call, as without it."""
+    to a call, as without it. (The key of Inductor's cache has our sources in our own compiles alone.)"""
     call = fallback_handler(op, add_to_fallback_set=False)
 
     def lowered(*args: Any, **kwargs: Any) -> Any:
@@ -362,9 +362,8 @@ def compile_graph(
         sources = {name: ConstantSource(f"fxquant_{name}") for name, _ in gm.named_buffers()}
         gm._param_name_to_source = sources  # type: ignore[assignment]
     context = TracingContext.try_get()
-    mode = getattr(context, "fake_mode", None) or _mode_of(
-        [n.meta.get("val") for n in gm.graph.nodes]
-    )
+    traced = [n.meta.get("val") for n in gm.graph.nodes]
+    mode = getattr(context, "fake_mode", None) or _mode_of(traced)
     static = [mode.from_tensor(t, static_shapes=True) if mode else t for t in packed]
     for i, node in enumerate(gm.graph.find_nodes(op="placeholder")[len(inputs) :]):
         node._dynamo_source = ConstantSource(f"fxquant_packed_{i}")

@@ -1,6 +1,6 @@
 """Kernels on any CPU: quantized weights by the C++ of ``native/``, one layout for all rows.
 
-Activations are quantized by plain ops, which Inductor fuses into the loop that produces them.
+Activations are quantized in Inductor's loops, those that produce them (``loops.py``).
 Rates were measured on two Zen 4 cores, against oneDNN at its best: 8-bit formats reach it, groups
 cost a tenth. A few rows are limited by the weight's bytes, in every format.
 """

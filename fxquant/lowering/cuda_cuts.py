@@ -11,7 +11,7 @@ import torch
 from ..scheme import Scheme
 from .cuda_layout import Format, format_of
 from .cuda_stream import BUSY, Shape
-from .hopper import CLUSTERED, SHARED_LIMIT, taken
+from .hopper import CLUSTERED, room, taken
 from .tuning import is_measured, proven_shapes, remembered, tuned_shapes
 
 SPARE = 40
@@ -82,7 +82,8 @@ class Cut(NamedTuple):
         return max(ring, self.tokens * (self.rows + 4) * 4 if self.splits > 1 else 0)
 
     def sums(self, form: Format) -> int:
-        """Registers of a thread that hold sums, those still being made of integers included."""
+        """Registers of a thread that hold sums, those included that are still being made of integers or
+        float8."""
         apart = form.x_bits == 8 and (form.chunk or form.float8)
         parts = (2 if self.tokens <= 64 else 1) if apart else 0
         return (self.row_tiles + parts) * self.tokens // 2
@@ -127,7 +128,7 @@ class Cut(NamedTuple):
         fits = (
             fits and self.tokens // 2 + 40 <= self.equal_registers
         )  # with fewer, ptxas serializes
-        return fits and self.shared(form) * self.blocks <= SHARED_LIMIT
+        return fits and room(self.shared(form), self.blocks)
 
 
 GROUPS = ((1, 1), (1, 2), (2, 1), (2, 2), (3, 1), (4, 1), (4, 2))

@@ -131,7 +131,7 @@ define_linear("widened_linear", widened_cut_for, run)
 
 
 def whole_rows(p: Problem) -> str | None:
-    """k of a stage's activations is rows of 128 bytes."""
+    """A stage's k, of activations and of weights that stay as they are, is rows of 128 bytes."""
     row = 1024 // format_of(p.scheme).x_bits
     return None if p.k % row == 0 else f"k = {p.k} is not a multiple of {row}"
 

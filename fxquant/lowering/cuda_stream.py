@@ -23,7 +23,7 @@ from .cuda_needs import ANY_FLOAT, COMMON, HALF, UNZEROED, grouped
 from .cuda_wgmma import warpgroup_product
 from .dequantize import LAYOUT as ROW_MAJOR
 from .devices import device_row
-from .hopper import SHARED_LIMIT, taken
+from .hopper import room, taken
 from .kernel import Problem, kernel
 from .triton_launch import (
     EPILOGUES,
@@ -99,7 +99,7 @@ class Shape(NamedTuple):
     def fits(self, form: Format, k: int) -> bool:
         """Whether the kernel can be cut like this."""
         fits = k % self.step == 0 and self.step % form.unit == 0 and self.threads <= 1024
-        fits = fits and self.shared(form) * self.blocks <= SHARED_LIMIT
+        fits = fits and room(self.shared(form), self.blocks)
         return fits and (self.fits_wgmma(form) if self.warpgroup else self.stages >= 2)
 
     def fits_wgmma(self, form: Format, fetched: bool = False) -> bool:

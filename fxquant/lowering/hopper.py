@@ -4,8 +4,13 @@ from __future__ import annotations
 
 MULTIPROCESSORS = 132
 
-SHARED_LIMIT = 227 * 1024
-"""Bytes of shared memory that one block may use."""
+SHARED, RESERVED = 228 * 1024, 1024
+"""Bytes of shared memory of a multiprocessor, and those that each block on it takes beside its own."""
+
+
+def room(shared: int, blocks: int) -> bool:
+    """Whether so many blocks of so much shared memory find room on a multiprocessor."""
+    return (shared + RESERVED) * blocks <= SHARED
 
 
 CLUSTERED = {1: MULTIPROCESSORS, 2: MULTIPROCESSORS, 4: 120, 8: 104}

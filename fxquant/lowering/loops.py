@@ -24,6 +24,7 @@ from .triton_quantize import SMALLEST, are_known
 aten = torch.ops.aten
 ops = torch.ops.fxquant
 FLOAT = torch.float32
+TAKEN = (torch.float16, torch.bfloat16, torch.float32)
 
 Index = Sequence[Any]
 Values = Callable[[Index], Any]
@@ -34,13 +35,21 @@ def are_rows(k: Any, dtype: torch.dtype, spec: QuantSpec) -> bool:
     """Whether the loops of ``fxquant.quantize`` are those of rows of ``k`` values for ``spec``; ``k`` may be
     symbolic."""
     empty = isinstance(k, int | sympy.Integer) and k == 0
-    return spec.granularity == "token" and are_known(spec) and dtype != torch.float64 and not empty
+    return spec.granularity == "token" and are_known(spec) and dtype in TAKEN and not empty
 
 
-def is_static(dtype: torch.dtype, scale_dtype: torch.dtype, spec: QuantSpec) -> bool:
-    """Whether there is a loop of ``fxquant.quantize_static`` for ``spec``."""
-    wide = torch.float64 in (dtype, scale_dtype)
-    return spec.granularity == "tensor" and are_known(spec) and not wide
+def is_static(
+    shape: Sequence[Any],
+    dtype: torch.dtype,
+    qparams: Sequence[tuple[Any, torch.dtype]],
+    spec: QuantSpec,
+) -> bool:
+    """Whether there is a loop of ``fxquant.quantize_static`` for rows of ``shape`` and ``qparams``, each a
+    number of values and a dtype: the scale and, exactly where ``spec`` has one, a zero point."""
+    if spec.granularity != "tensor" or not are_known(spec) or dtype not in TAKEN or not shape:
+        return False
+    right = len(qparams) == (1 if spec.zero_point_domain == "none" else 2)
+    return right and qparams[0][1] != torch.float64 and all(count == 1 for count, _ in qparams)
 
 
 def _number(value: float) -> Any:
@@ -164,7 +173,8 @@ def _quantize(x: Any, scheme: str, role: str, gate: str = "") -> list[Any] | Non
 
 def _quantize_static(x: Any, scale: Any, zero: Any, scheme: str) -> Any | None:
     spec = spec_of(scheme, "input")
-    if not is_static(x.get_dtype(), scale.get_dtype(), spec):
+    qparams = [(q.get_numel(), q.get_dtype()) for q in (scale, zero) if q is not None]
+    if not is_static(x.get_size(), x.get_dtype(), qparams, spec):
         return None
     center = None if zero is None else _everywhere(zero)
     return _codes(x, _everywhere(scale), center, spec.dtype)

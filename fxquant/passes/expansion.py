@@ -31,9 +31,8 @@ def expand(graph: fx.Graph) -> None:
     many rows, or nothing to fuse with, it stays one kernel of our own.
 
     One node until here: AOTAutograd runs every op of a graph several times over, and thirty of them
-    at every linear would cost it more than the rest of the model. Inductor's passes are no cheaper: where
-    ``loops`` lowers a node it stays one, the same, so that they need not look at what reads it again.
-    The ops of the reference serve the others.
+    at every linear would cost it more than the rest of the model. Inductor's passes are no cheaper, so
+    what ``loops`` can lower is left as it is; the others become the ops of the reference.
     """
     bodies: dict[Any, fx.GraphModule] = {}
     for target in REFERENCES:
@@ -104,8 +103,9 @@ def _has_loops(node: fx.Node) -> bool:
         k = outputs(shape[-1], gate) if shape else 0
         return role == "input" and are_rows(k, dtype, spec_of(scheme, role))
     if node.target is ops.quantize_static.default:
-        x, scale, _, scheme = node.args
-        return is_static(value(x).dtype, value(scale).dtype, spec_of(scheme, "input"))
+        x, *qparams, scheme = node.args
+        found = [(value(q).numel(), value(q).dtype) for q in qparams if q is not None]
+        return is_static(value(x).shape, value(x).dtype, found, spec_of(scheme, "input"))
     return False
 
 

@@ -23,7 +23,7 @@ from fxquant.lowering import (
 from fxquant.lowering.cuda_stream import Shape
 from fxquant.lowering.kernel import KERNELS, Device, Problem
 from fxquant.lowering.select import select
-from fxquant.lowering.tuning import forget, tuned_shapes
+from fxquant.lowering.tuning import tuned_shapes
 from fxquant.scheme import Quantized, get_scheme
 from tests import oracles
 
@@ -204,9 +204,7 @@ def test_a_source_that_does_not_compile_says_why():
 @pytest.mark.parametrize("scheme", sorted(fxquant.SCHEMES))
 def test_hopper_gets_these_kernels_for_every_scheme(scheme, monkeypatch):
     monkeypatch.setattr(nvrtc, "refusal", lambda: None)
-    forget()
     choice = select(problem(scheme))
-    forget()
     assert choice.at(1).name in {"cuda_w4a16", "cuda_w8a16", "cuda_w4a8", "cuda_w8a8"}
     assert choice.at(16).name.startswith("cuda_")
 
@@ -271,10 +269,8 @@ def test_a_tile_of_few_tokens_is_not_kept_for_many_rows(monkeypatch):
     few = {**{section: {} for section in tuning.SECTIONS}, "pipelines": {}}
     few["pipelines"]["int4wo-64 4096x4096"] = [[0, [1, 1, 16, 256, 4, 2, 2]]]
     monkeypatch.setattr(tuning, "tuned_table", lambda device: few)
-    forget()
     row = get_scheme("int4wo-64")
     tokens = {m: cuda_cuts.cut_for(row, 4096, 4096, m, "some").tokens for m in (1, 16, 64, 2048)}
-    forget()
     assert tokens[1] == tokens[16] == 16 and tokens[64] >= 32 and tokens[2048] >= 128
 
 

@@ -11,6 +11,7 @@ import pytest
 
 from fxquant.lowering import cuda_cuts, cuda_layout, cuda_pipeline, cuda_stream, nvrtc
 from fxquant.lowering.cuda_cuts import Cut
+from fxquant.lowering.cuda_stream import Shape
 from fxquant.scheme import get_scheme
 
 triton = pytest.importorskip("triton")
@@ -20,13 +21,21 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def machine_code(scheme: str, cut: Cut, folder: Path, source: str | None = None) -> list[str]:
-    """The instructions and labels of ``pipeline_linear``, in their order."""
+def source_of(scheme: str, cut: Cut | Shape) -> str:
+    module = cuda_stream if isinstance(cut, Shape) else cuda_pipeline
+    return module.source(cuda_layout.format_of(get_scheme(scheme)), cut, False)
+
+
+def machine_code(
+    scheme: str, cut: Cut | Shape, folder: Path, source: str | None = None
+) -> list[str]:
+    """The instructions and labels of the kernel, in their order."""
     form = cuda_layout.format_of(get_scheme(scheme))
     constants = {"x_half": 0, "y_type": 1, "bias_type": 0, "activation": 0, "gated": 0}
-    defines = dict(cuda_stream.defines(form, cut.shape, **constants))
+    shape = cut if isinstance(cut, Shape) else cut.shape
+    defines = dict(cuda_stream.defines(form, shape, **constants))
     file = folder / "kernel.cubin"
-    text = source or cuda_pipeline.source(form, cut, False)
+    text = source or source_of(scheme, cut)
     file.write_bytes(nvrtc.compile_source(text, defines, "sm_90a"))
     shown = subprocess.run(
         [DISASSEMBLER, "-c", file], check=True, capture_output=True, text=True
@@ -80,7 +89,7 @@ def faults(code: list[str]) -> list[str]:
             left |= set(range(int(parts[3]), int(parts[3]) + 4)) if parts[3] else set()
             if "gsb0" in line:
                 flight, left, sums = [*flight, (left, sums)], set(), set()
-        elif "DEPBAR" in line:
+        elif "WARPGROUP.DEPBAR" in line:
             pending = int(re.search(r"gsb0, 0x(\d)", line)[1])  # type: ignore[index]
             flight = flight[len(flight) - pending :] if pending else []
         elif "GMMA" not in line:
@@ -102,6 +111,9 @@ CUTS = [
     ("int8dq", Cut(2, 1, 64, 128, 4)),
     ("int8dq", Cut(1, 1, 16, 256, 5, 2, 2)),
     ("fp8dq", Cut(1, 1, 64, 256, 6, 1, 2)),
+    ("int4wo-64", Shape(8, 1, 2, 64, 128, 4, 1)),
+    ("int8wo", Shape(4, 2, 1, 32, 128, 5, 1, 1, 2)),
+    ("8da4w-32", Shape(4, 2, 2, 16, 128, 4, 1)),
 ]
 
 
@@ -109,6 +121,9 @@ CUTS = [
 def test_products_in_flight_are_left_alone(scheme, cut, tmp_path):
     code = machine_code(scheme, cut, tmp_path)
     assert faults(code) == []
+    products = [line for line in code if is_product(line)]
+    closing = [line for line in products if "gsb0" in line]
+    assert scheme == "8da4w-32" or len(closing) < len(products), "each waits for the one before"
 
 
 @pytest.mark.parametrize("scheme", ["int8dq", "fp8dq"])
@@ -117,14 +132,13 @@ def test_products_of_a_stage_do_not_wait_for_each_other(scheme, tmp_path):
     cut = Cut(2, 1, 128, 128, 4)
     code = machine_code(scheme, cut, tmp_path)
     products = [i for i, line in enumerate(code) if is_product(line)]
-    waits = [i for i in range(products[0], products[-1]) if "DEPBAR" in code[i]]
+    waits = [i for i in range(products[0], products[-1]) if "WARPGROUP.DEPBAR" in code[i]]
     assert len(products) == 4 and waits == []
 
 
 def test_one_group_of_products_a_stage_would_be_noticed(tmp_path):
     scheme, cut = CUTS[0]
-    form = cuda_layout.format_of(get_scheme(scheme))
-    source = cuda_pipeline.source(form, cut, False)
+    source = source_of(scheme, cut)
     wrong = source.replace("TOKENS <= 32 && STEP % 128 == 0 ? 2 : 1", "2")
     assert wrong != source
     with pytest.raises(Exception, match="groups of products take turns"):
@@ -135,8 +149,7 @@ def test_one_group_of_products_a_stage_would_be_noticed(tmp_path):
 
 def test_sums_that_are_not_settled_would_be_noticed(tmp_path):
     scheme, cut = "int8wo", Cut(1, 1, 16, 128, 4, 1, 8)
-    form = cuda_layout.format_of(get_scheme(scheme))
-    source = cuda_pipeline.source(form, cut, False)
+    source = source_of(scheme, cut)
     wrong = source.replace("    settle(sums);\n", "")
     assert wrong != source and faults(machine_code(scheme, cut, tmp_path, wrong))
 

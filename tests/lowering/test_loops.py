@@ -89,6 +89,35 @@ UNKNOWN = {
     "no values": (torch.float32, ("int8dq", "input")),
 }
 
+REFUSED = {
+    # by the reference, and so by what is compiled: x, its scale and zero point or none
+    "integers": (torch.ones(4, K, dtype=torch.int64), "int8dq", None),
+    "truth values": (torch.ones(4, K, dtype=torch.bool), "8da4w-32", None),
+    "several scales": (torch.randn(4, K), "int8static-sym", (torch.ones(4), None)),
+    "a zero point too few": (torch.randn(4, K), "int8static", (torch.ones(1), None)),
+    "a zero point too many": (
+        torch.randn(4, K),
+        "fp8static",
+        (torch.ones(1), torch.zeros(1, dtype=torch.int32)),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_the_reference_refuses_is_refused_once_compiled(case):
+    x, scheme, qparams = REFUSED[case]
+
+    def quantized(x):
+        if qparams is None:
+            return ops.quantize(x, scheme, "input")
+        return ops.quantize_static(x, *qparams, scheme)
+
+    with pytest.raises(Exception) as eager:
+        quantized(x)
+    with pytest.raises(type(eager.value)) as found:
+        compiled(quantized, x)
+    assert str(eager.value).splitlines()[0] in str(found.value)
+
 
 @pytest.mark.parametrize("case", UNKNOWN)
 def test_what_the_loops_do_not_know_stays_a_call(case):

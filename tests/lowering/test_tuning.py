@@ -11,6 +11,7 @@ import torch
 import fxquant
 from fxquant import tuner
 from fxquant.lowering import cuda_cuts, cuda_layout, nvrtc, tuning
+from fxquant.lowering.cuda_stream import Shape
 from fxquant.lowering.select import select
 from fxquant.lowering.tuning import (
     forget,
@@ -88,7 +89,6 @@ def test_cuts_that_were_the_fastest_somewhere_are_known_by_family(monkeypatch):
     monkeypatch.setattr(tuning, "tuned_table", lambda device: table)
     assert proven_shapes("other", "pipelines", "w4a16") == (tuple(few), tuple(many))
     assert proven_shapes("other", "pipelines", "w8a16") == ()
-    forget()
 
 
 @pytest.mark.parametrize("rows", [33, 40, 64, 72, 80, 112, 160, 300, 2048])
@@ -173,7 +173,6 @@ def test_a_measured_kernel_that_cannot_be_used_leaves_its_rows_to_others(monkeyp
         one = problem("8da4w-32", 28672, 4096, dtype=dtype, device=device)
         return select(one).at(rows).name
 
-    forget()
     assert [at(torch.bfloat16, m) for m in (8, 16, 64, 2048)] == [
         "cuda_w4a8", "cuda_pipeline_w4a8", *["cuda_pipeline_w4a8_widened"] * 2,
     ]  # fmt: skip
@@ -184,7 +183,6 @@ def test_a_measured_kernel_that_cannot_be_used_leaves_its_rows_to_others(monkeyp
     plan = select(problem("8da4w-32", 28672, 4096, dtype=torch.float16, device=device)).steps
     firsts = [first for _, first in plan]
     assert firsts == sorted(set(firsts)) and firsts[0] == 0
-    forget()
 
 
 @pytest.mark.parametrize("scheme", ["int8dq", "fp8dq"])
@@ -192,7 +190,6 @@ def test_8_bit_products_take_the_pipeline_where_k_is_whole_rows(scheme, monkeypa
     """Rows of 128 bytes; another k leaves its rows to kernels that read the same weight."""
     monkeypatch.setattr(nvrtc, "refusal", lambda: None)
     device = dataclasses.replace(HOPPER, name="NVIDIA H200")
-    forget()
     for n, k in ((4096, 4096), (896, 4864), (28672, 4096)):
         choice = select(problem(scheme, n, k, device=device))
         assert choice.measured and choice.at(64).name == "cuda_pipeline_w8a8"
@@ -201,7 +198,6 @@ def test_8_bit_products_take_the_pipeline_where_k_is_whole_rows(scheme, monkeypa
     names = {other.at(m).name for m in (1, 17, 64, 256, 2048)}
     assert "cuda_pipeline_w8a8" not in names and "dequantize" not in names
     assert "128" in other.refused["cuda_pipeline_w8a8"]
-    forget()
 
 
 def test_a_siblings_reading_of_the_same_layer_comes_before_the_schemes_own_of_another(monkeypatch):
@@ -209,8 +205,8 @@ def test_a_siblings_reading_of_the_same_layer_comes_before_the_schemes_own_of_an
     table = copy.deepcopy(tuning.tuned_table(device))
     monkeypatch.setattr(tuning, "tuned_table", lambda device: table)
     tuning.tuned_shapes.cache_clear()
-    table["kernels"].pop("int4wo-128 14336x4096")
-    table["shapes"].pop("int4wo-128 14336x4096")
+    for section in ("kernels", "shapes"):
+        table[section].pop("int4wo-128 14336x4096", None)
     sibling = [tuple(step) for step in table["kernels"]["int4wo-64 14336x4096"]]
     assert tuning.tuned_kernels(device, "int4wo-128", family, 14336, 4096) == sibling
     own = [tuple(step) for step in table["kernels"]["int4wo-128 28672x4096"]]
@@ -219,4 +215,16 @@ def test_a_siblings_reading_of_the_same_layer_comes_before_the_schemes_own_of_an
     assert list(cuts[0]) == table["shapes"]["int4wo-64 14336x4096"][0][1]
     cuts = tuning.tuned_shapes(device, "shapes", "int4wo-64", family, 28672, 4096, 1)
     assert list(cuts[0]) == table["shapes"]["int4wo-64 28672x4096"][0][1]
-    tuning.forget()
+
+
+@pytest.mark.parametrize("section", ["shapes", "pipelines", "widened"])
+def test_every_cut_that_is_shipped_fits(section):
+    for entry, cuts in tuned_table("NVIDIA H200")[section].items():
+        scheme, _, size = entry.partition(" ")
+        form = cuda_layout.format_of(get_scheme(scheme))
+        form = form.taking(torch.bfloat16) if section == "widened" else form
+        kind = Shape if section == "shapes" else cuda_cuts.Cut
+        k = int(size.partition("x")[2])
+        assert all(kind(*cut).fits(form, k) for _, cut in cuts), entry
+        firsts = [first for first, _ in cuts]
+        assert firsts == sorted(set(firsts)), entry

@@ -165,41 +165,29 @@ __device__ __forceinline__ void load_scales(u32 unit, int lane, float (&scale)[2
 
 #if WARPGROUP
 
-// Where registers allow it, the sums of one chunk are scaled while the next one's are in the making.
-constexpr int PARTS = TOKENS <= 64 ? 2 : 1;
-
 __device__ __forceinline__ void multiply(u32 weights, u32 x, int lane, u32 base, Sums& sums) {
-  constexpr int ITEMS = STEP / UNIT * ROW_TILES;
-  int part[PARTS][TOKEN_TILES][4];
+  typedef int Part[TOKEN_TILES][4];
   u32 a[PARTS][DEPTH][4];
   float scale[PARTS][2];
+  auto begin = [&](int i, Part& part) {
+    const int chunk = i / ROW_TILES, at = i % PARTS;
+    const u32 unit = weights + i % ROW_TILES * STEP_BYTES + chunk * UNIT_BYTES;
 #pragma unroll
-  for (int i = 0; i < ITEMS + PARTS - 1; ++i) {
-    if (i < ITEMS) {
-      const int chunk = i / ROW_TILES, at = i % PARTS;
-      const u32 unit = weights + i % ROW_TILES * STEP_BYTES + chunk * UNIT_BYTES;
+    for (int block = 0; block < DEPTH; ++block) load_weights(unit + block * BLOCK_BYTES, lane, a[at][block]);
+    load_scales(unit, lane, scale[at]);
+    begin_products();
 #pragma unroll
-      for (int block = 0; block < DEPTH; ++block) load_weights(unit + block * BLOCK_BYTES, lane, a[at][block]);
-      load_scales(unit, lane, scale[at]);
-      begin_products();
-#pragma unroll
-      for (int block = 0; block < DEPTH; ++block)
-        product64(part[at], a[at][block], descriptor(x) + slice(chunk * DEPTH + block), block != 0);
-      commit_products();
-    }
-    const int done = i - (PARTS - 1);
-    if (done < 0) continue;
-    if (i < ITEMS)
-      wait_for_products<PARTS - 1>();
-    else
-      wait_for_products<0>();
-    settle(part[done % PARTS]);
+    for (int block = 0; block < DEPTH; ++block)
+      product64(part, a[at][block], descriptor(x) + slice(chunk * DEPTH + block), block != 0);
+  };
+  auto move = [&](int i, Part& part) {
 #pragma unroll
     for (int j = 0; j < TOKEN_TILES; ++j)
 #pragma unroll
       for (int c = 0; c < 4; ++c)
-        sums[done % ROW_TILES][j][c] += scale[done % PARTS][c / 2] * static_cast<float>(part[done % PARTS][j][c]);
-  }
+        sums[i % ROW_TILES][j][c] += scale[i % PARTS][c / 2] * static_cast<float>(part[j][c]);
+  };
+  in_turns<STEP / UNIT * ROW_TILES, int>(begin, move);
 }
 
 #else

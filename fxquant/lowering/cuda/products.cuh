@@ -23,6 +23,10 @@ __device__ __forceinline__ Sum sum_of(u32 bits) {
 
 #if WARPGROUP
 
+// Sums that are moved on (integers in groups, float8) while the next ones are in the making, where registers
+// allow it
+constexpr int PARTS = TOKENS <= 64 ? 2 : 1;
+
 // Rows of 128 bytes in groups of eight, 1024 bytes apart; the 16-byte columns of a row are swapped by
 // its number modulo 8 (the "128-byte swizzle").
 __device__ __forceinline__ u64 descriptor(u32 x) {
@@ -57,6 +61,28 @@ template <int PENDING>
 __device__ __forceinline__ void end_products() {
   commit_products();
   wait_for_products<PENDING>();
+}
+
+// Groups of products whose sums are moved on: ``begin(i, part)`` issues group ``i``, ``move(i, part)`` takes its
+// sums, while the group after it runs.
+template <int GROUPS_IN_ALL, class Part, class Begin, class Move>
+__device__ __forceinline__ void in_turns(Begin begin, Move move) {
+  Part part[PARTS][TOKEN_TILES][4];
+#pragma unroll
+  for (int i = 0; i < GROUPS_IN_ALL + PARTS - 1; ++i) {
+    if (i < GROUPS_IN_ALL) {
+      begin(i, part[i % PARTS]);
+      commit_products();
+    }
+    const int done = i - (PARTS - 1);
+    if (done < 0) continue;
+    if (i < GROUPS_IN_ALL)
+      wait_for_products<PARTS - 1>();
+    else
+      wait_for_products<0>();
+    settle(part[done % PARTS]);
+    move(done, part[done % PARTS]);
+  }
 }
 
 #endif
