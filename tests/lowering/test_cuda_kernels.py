@@ -205,7 +205,7 @@ def test_a_source_that_does_not_compile_says_why():
 def test_hopper_gets_these_kernels_for_every_scheme(scheme, monkeypatch):
     monkeypatch.setattr(nvrtc, "refusal", lambda: None)
     choice = select(problem(scheme))
-    assert choice.at(1).name in {"cuda_w4a16", "cuda_w8a16", "cuda_w4a8", "cuda_w8a8"}
+    assert choice.at(1).name in {"cuda_w4a16", "cuda_w8a16", "cuda_w4a8", "cuda_pipeline_w8a8"}
     assert choice.at(16).name.startswith("cuda_")
 
 
