@@ -1,7 +1,7 @@
 """CUDA C++: packed weights times many tokens, without writing the weight out (``cuda/pipeline.cu``).
 
 The same bytes as ``cuda_stream``'s (``cuda_layout``), unpacked in registers while the tensor cores are
-busy with what was unpacked before.
+busy with what was unpacked before; of 8-bit products the weight as it is, out of shared memory.
 """
 
 from __future__ import annotations

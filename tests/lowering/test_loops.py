@@ -8,6 +8,7 @@ from torch._inductor import metrics
 from torch._inductor.utils import fresh_cache, run_and_get_code
 
 import fxquant  # noqa: F401
+from fxquant.errors import UnsupportedDtype
 from fxquant.inductor import FakeTensorMode, trace_decomposed
 from fxquant.passes.expansion import expand
 from tests.conftest import called
@@ -117,6 +118,15 @@ def test_what_the_reference_refuses_is_refused_once_compiled(case):
     with pytest.raises(type(eager.value)) as found:
         compiled(quantized, x)
     assert str(eager.value).splitlines()[0] in str(found.value)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool])
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_our_own_compiles_refuse_it_too(scheme, dtype):
+    x = FakeTensorMode().from_tensor(torch.ones(4, K, dtype=dtype))
+    gm = trace_decomposed(lambda x: ops.quantize(x, scheme, "input"), x)
+    with pytest.raises(UnsupportedDtype):
+        expand(gm.graph)
 
 
 @pytest.mark.parametrize("case", UNKNOWN)
