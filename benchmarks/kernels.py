@@ -7,7 +7,8 @@ For each scheme, shape (n x k) and number of rows: the kernel that fxquant choos
 included), its activations quantized by a kernel of its own before the product (of few rows what
 Inductor makes of that step; in a model it is fused with the norm before it). bfloat16 ``F.linear``
 and torch's own quantized products run in the same process.
-Times are medians of CUDA-graph replays over copies of the weight that together exceed the L2 cache.
+Times are medians of CUDA-graph replays over copies of the weight that together exceed the L2 cache,
+a scheme's and bfloat16's in turns.
 An error is the largest in units of the allowance of ``tests/oracles.py`` (above 1 is a defect), up
 to 64 rows and over up to 2048 output columns.
 
@@ -49,7 +50,7 @@ from fxquant.lowering.kernel import KERNELS, Kernel, Layout, Problem
 from fxquant.lowering.select import select
 from fxquant.lowering.triton_quantize import are_many, is_served
 from fxquant.lowering.triton_widen import widen
-from fxquant.measure import copies, replayed
+from fxquant.measure import alternating, copies, replayed
 from fxquant.scheme import SCHEMES, Quantized, QuantSpec, Scheme, get_scheme
 
 NAMES = ("int4wo-64", "int4wo-128", "int8wo", "fp8wo", "int8dq", "fp8dq", "8da4w-32", "8da4w-128")
@@ -68,8 +69,6 @@ PEERS = {
 PEER_SHAPES = SHAPES[:4]
 
 CHECKED_ROWS, CHECKED_COLUMNS = 64, 2048
-HOT = 256
-"""Rows from which on products heat the GPU so that its clocks fall: bfloat16 is read beside each scheme."""
 BACKEND = "inductor"
 OVERLAPPING = {"options": overlapping({}, sources_hash())} if torch.cuda.is_available() else {}
 
@@ -153,8 +152,16 @@ class Subject:
         quantize = (lambda x: []) if scheme.input is None else quantization(scheme, widened)
         return lambda x, *packed: product(x, quantize(x), *packed)
 
-    def read(self, kernel: Kernel, layout: Layout, x: torch.Tensor, copy: float) -> Reading:
-        """One kernel at one number of rows. copy: bytes/s of a device copy, read and written."""
+    def read(
+        self,
+        kernel: Kernel,
+        layout: Layout,
+        x: torch.Tensor,
+        floats: Sequence[Sequence[torch.Tensor]],
+        copy: float,
+    ) -> Reading:
+        """One kernel at one number of rows, and bfloat16 in turns with it. floats: copies of the bfloat16
+        weight. copy: bytes/s of a device copy, read and written."""
         call, packs = self.call(kernel, layout.name), self.packed(layout)
         y = call(x, *packs[0])
         found: Reading = {"repeats": torch.equal(y, call(x, *packs[0]))}
@@ -162,9 +169,11 @@ class Subject:
             some = ends(y.t()).t()  # type: ignore[union-attr]
             found["error"] = error(self.scheme, x, self.wide, some)
         del y
-        seconds = replayed([partial(call, x, *packed) for packed in packs])
+        own = [partial(call, x, *packed) for packed in packs]
+        seconds, base = alternating([own, [partial(F.linear, x, w) for (w,) in floats]])
         speed = sum(t.numel() * t.element_size() for t in packs[0]) / seconds
-        return found | {"us": seconds * 1e6, "gb_s": speed / 1e9, "of_copy": speed / copy}
+        times = {"us": seconds * 1e6, "bf16_us": base * 1e6}
+        return found | times | {"gb_s": speed / 1e9, "of_copy": speed / copy}
 
     def peers(self, rows: int) -> list[Kernel]:
         """torch's own kernels that take this layer at this number of rows."""
@@ -231,14 +240,10 @@ def measure(
     del weight
     for m in rows:
         x = activations(m, k, device)
-        linears = [partial(F.linear, x, w) for (w,) in floats]
-        base = replayed(linears, span=6e-3, rounds=15) * 1e6
         steps: dict[QuantSpec, float] = {}
         for subject in subjects:
             if time.time() > deadline:
                 raise Late
-            if m >= HOT:
-                base = replayed(linears) * 1e6
             scheme, chosen = subject.scheme, subject.choice.at(m)
             todo = [("records", chosen, subject.choice.layout)]
             todo += [("peers", kernel, kernel.layout) for kernel in subject.peers(m)]
@@ -246,7 +251,7 @@ def measure(
                 record: Reading = {"scheme": scheme.name, "n": n, "k": k, "m": m}
                 record["kernel"] = kernel.name
                 try:
-                    record |= subject.read(kernel, layout, x, copy) | {"bf16_us": base}
+                    record |= subject.read(kernel, layout, x, floats, copy)
                     if (spec := scheme.input) is not None and spec not in steps:
                         steps[spec] = replayed([partial(quantization(scheme), x)]) * 1e6
                     if spec is not None:

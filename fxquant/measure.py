@@ -49,7 +49,15 @@ def replayed(
     calls: Sequence[Callable[[], object]], *, span: float = 3e-3, rounds: int = 9
 ) -> float:
     """Median seconds of one of ``calls``, all captured in one CUDA graph of about ``span`` seconds."""
-    stream = torch.cuda.Stream()
+    return alternating([calls], span=span, rounds=rounds)[0]
+
+
+def alternating(
+    runs: Sequence[Sequence[Callable[[], object]]], *, span: float = 3e-3, rounds: int = 9
+) -> list[float]:
+    """``replayed`` of each of ``runs``, their graphs (of one memory pool) in turns: what heats the GPU until its clocks
+    fall (700 W of large products take 150 ms for it on an H200, and a fifth of the clock) slows all alike."""
+    stream, pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -61,16 +69,20 @@ def replayed(
             stream.synchronize()
             return begin.elapsed_time(end) * 1e-3
 
-        calls[0]()
-        stream.synchronize()
-        times = max(1, min(int(span / max(timed(calls[-1]), 2e-6)), 64))
-        calls = calls[: max(times, 2)]
-        repeat = max(1, times // len(calls))
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=stream):
-            for _ in range(repeat):
-                for call in calls:
-                    call()
-        timed(graph.replay)
-        readings = [timed(graph.replay) / (repeat * len(calls)) for _ in range(rounds)]
-    return statistics.median(readings)
+        def captured(calls: Sequence[Callable[[], object]]) -> Callable[[], float]:
+            calls[0]()
+            stream.synchronize()
+            times = max(1, min(int(span / max(timed(calls[-1]), 2e-6)), 64))
+            calls = calls[: max(times, 2)]
+            repeat = max(1, times // len(calls))
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool, stream):
+                for _ in range(repeat):
+                    for call in calls:
+                        call()
+            timed(graph.replay)
+            return lambda: timed(graph.replay) / (repeat * len(calls))
+
+        graphs = [captured(calls) for calls in runs]
+        readings = [[graph() for graph in graphs] for _ in range(rounds)]
+    return [statistics.median(of_one) for of_one in zip(*readings, strict=True)]

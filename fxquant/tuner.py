@@ -36,7 +36,7 @@ from .lowering.hopper import MULTIPROCESSORS, taken
 from .lowering.kernel import KERNELS, Problem
 from .lowering.select import FALLBACK, select
 from .lowering.tuning import SECTIONS, forget, key, user_table
-from .measure import copies, replayed
+from .measure import alternating, copies
 from .scheme import Scheme, get_scheme
 
 ROWS = (1, 8, 16, 32, 64, 128, 256, 512, 2048, 4096)
@@ -230,32 +230,27 @@ class _Subject:
         return [n for n in names if n != FALLBACK] or names
 
     def read(self, rows: int, emit: Callable[[Reading], None]) -> None:
+        """All that can serve this many rows, and bfloat16, in turns."""
         x = torch.randn(rows, self.k, device=self.device, dtype=torch.bfloat16)
-        base = replayed([partial(F.linear, x, w) for (w,) in self.float])
         with torch.no_grad():
-            for name in self.kernels(rows):
-                cutter = CUTTERS.get(name)
-                if cutter is None:
-                    self.one(rows, name, None, self.other(name, x), base, emit)
-                    continue
-                operands = cutter.operands(self.scheme, x)  # their quantization is not measured
-                shapes = cutter.cuts(self.scheme, self.n, self.k, rows)
-                build(cutter, self.scheme, shapes, self.device)
-                for shape in shapes:
-                    run = partial(self.cut, cutter, shape, *operands)
-                    self.one(rows, name, shape, run, base, emit)
+            runs = [run for name in self.kernels(rows) for run in self.runs(name, rows, x)]
+            calls = [[partial(run, packed) for packed in self.packs] for _, _, run in runs]
+            floats = [partial(F.linear, x, w) for (w,) in self.float]
+            *times, base = alternating([*calls, floats], span=1e-3, rounds=7)
+        for (name, shape, _), took in zip(runs, times, strict=True):
+            emit(Reading(self.scheme.name, self.n, self.k, rows, name, shape, took, base))
 
-    def one(
-        self,
-        rows: int,
-        name: str,
-        shape: tuple[int, ...] | None,
-        run: Callable[[Sequence[torch.Tensor]], Any],
-        base: float,
-        emit: Callable[[Reading], None],
-    ) -> None:
-        took = replayed([partial(run, packed) for packed in self.packs], span=1e-3, rounds=7)
-        emit(Reading(self.scheme.name, self.n, self.k, rows, name, shape, took, base))
+    def runs(
+        self, name: str, rows: int, x: torch.Tensor
+    ) -> list[tuple[str, Any, Callable[[Sequence[torch.Tensor]], torch.Tensor]]]:
+        """(kernel, its cut or None, what runs it on a packed weight), built."""
+        cutter = CUTTERS.get(name)
+        if cutter is None:
+            return [(name, None, self.other(name, x))]
+        operands = cutter.operands(self.scheme, x)  # their quantization is not measured
+        shapes = cutter.cuts(self.scheme, self.n, self.k, rows)
+        build(cutter, self.scheme, shapes, self.device)
+        return [(name, shape, partial(self.cut, cutter, shape, *operands)) for shape in shapes]
 
     def cut(self, cutter, shape, x, scale, zero, packed) -> torch.Tensor:
         return cutter.run(

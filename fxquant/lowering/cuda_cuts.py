@@ -146,7 +146,7 @@ BY_MODEL = 33
 
 def token_counts(rows: int) -> Iterable[int]:
     """Of a tile, up to one that holds all rows."""
-    return range(32, min(-(-rows // 32) * 32, 256) + 1, 32)
+    return range(32, min(-(-rows // 16) * 16, 256) + 1, 16)
 
 
 def cuts(form: Format, n: int, k: int, rows: int, tokens: Iterable[int]) -> list[Cut]:
@@ -181,7 +181,7 @@ UNPROVEN = 1.15
 """What a cut that was nowhere the fastest is thought to take beyond its ``time``."""
 
 
-LIKE = sorted(8 * part << power for power in range(9) for part in (4, 5, 6, 7))
+LIKE = (*range(16, 257, 16), *(part << power for power in range(6, 13) for part in (5, 6, 7, 8)))
 """Numbers of rows. All between two of these are cut as the larger: each cut is a kernel to compile."""
 
 PLAIN = (Cut(2, 2, 64, 128, 4), Cut(2, 1, 256, 64, 5), Cut(2, 2, 128, 128, 3), Cut(2, 1, 64, 64, 4))
@@ -235,7 +235,7 @@ def _by_model(
 
 
 def _work_of(cut: Cut) -> tuple[int, ...]:
-    return cut.warpgroups, cut.row_tiles, cut.tokens, cut.blocks
+    return cut.warpgroups, cut.row_tiles, -(-cut.tokens // 32), cut.blocks
 
 
 def _spread(cut: Cut, form: Format, n: int, k: int, rows: int) -> Cut:
@@ -252,6 +252,6 @@ def _spread(cut: Cut, form: Format, n: int, k: int, rows: int) -> Cut:
 
 
 def evened(cut: Cut, rows: int) -> Cut:
-    """The same number of tiles, with as many tokens each, in steps of 32: few variants to compile."""
+    """The same number of tiles, with as many tokens each, in steps of 16."""
     share = -(-rows // -(-rows // cut.tokens))
-    return cut._replace(tokens=min(cut.tokens, 16 if share <= 16 else -(-share // 32) * 32))
+    return cut._replace(tokens=min(cut.tokens, -(-share // 16) * 16))
