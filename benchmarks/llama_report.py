@@ -146,7 +146,7 @@ def table(readings: Sequence[Reading], prefills: Sequence[Reading]) -> str:
         p = filled.get(name, {})
         theirs = (decoded.get(f"torchao-{name}{end}", {}) for end in ("", UNTUNED))
         twin = next((found for found in theirs if "tokens_per_s" in found), {})
-        untuned = twin.get("contender", "").endswith(UNTUNED)
+        untuned = "tokens_per_s" in r and twin.get("contender", "").endswith(UNTUNED)
         bf16, bf16_p = decoded.get("bf16", {}), filled.get("bf16", {})
         alone = bf16 and r["date"] != bf16["date"]
         rows.append(

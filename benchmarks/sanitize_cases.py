@@ -102,6 +102,7 @@ def cases() -> list[Case]:
     found += [Case("cuda_dequantize", scheme, 0, STREAM_N, 256) for scheme in DEQUANTIZED]
     for scheme in QUANTIZED:  # n: the width of what is read, two halves where a gate joins them
         found += [Case("quantize_rows", scheme, 13, width, 1000) for width in (1000, 2000)]
+        found.append(Case("quantize_rows", scheme, 13, 1100, 1100))  # in two parts
     found += [Case(kernel, "8da4w-32", 13, 992, 992) for kernel in WIDENERS]
     for kernel, scheme in TRITON:
         n = 600 if kernel.endswith("persistent") else STREAM_N
@@ -115,12 +116,12 @@ def names_of(part: str) -> list[str]:
 
 
 def stream_kinds(scheme: str, rows: int) -> list[Shape]:
-    """Cuts for this many rows, with and without wgmma: one that splits k neither over warps nor over
-    a cluster, one that does both; of each kind that with the shortest pipeline."""
+    """Cuts for this many rows, with and without wgmma and fixed-point numbers: one that splits k neither over
+    warps nor over a cluster, one that does both; of each kind that with the shortest pipeline."""
     cuts = tuner.stream_cuts(get_scheme(scheme), STREAM_N, STREAM_K, rows)
     cuts = [c for c in cuts if (c.warps_k > 1) == (c.splits > 1)]
     cuts.sort(key=lambda c: (c.stages * c.step * c.warps_k * c.splits, c.tokens), reverse=True)
-    return list({(c.warpgroup, c.splits > 1): c for c in cuts}.values())
+    return list({(c.warpgroup, c.splits > 1, c.fixed): c for c in cuts}.values())
 
 
 def pipeline_kinds(kernel: str, scheme: str) -> list[Cut]:

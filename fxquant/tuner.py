@@ -108,8 +108,8 @@ def stream_cuts(scheme: Scheme, n: int, k: int, rows: int) -> list[Shape]:
             continue
         one = Shape(warps_n, warps_k, tiles, count, step, stages, group, blocks)
         programs = -(-n // one.rows) * -(-rows // count)
-        for splits in (1, 2, 4):
-            shape = one._replace(splits=splits)
+        for splits, fixed in itertools.product((1, 2, 4), (0, 1)):
+            shape = one._replace(splits=splits, fixed=fixed)
             if (splits == 1 or programs * splits <= 2 * MULTIPROCESSORS) and shape.fits(form, k):
                 found.append(shape)
     return found

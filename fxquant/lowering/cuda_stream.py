@@ -43,13 +43,18 @@ SOURCES = Path(__file__).parent / "cuda"
 BASE = {torch.bfloat16: 0x43004300, torch.float16: 0x64006400}
 """Bits under which a code of up to 7 bits is the float 128 + u, or 1024 + u, twice in a word."""
 
+SIGNS = 0x80808080
+"""Turned over in nibbles from 0 to 15, those become signed, in the high halves of bytes."""
+
 BUSY = 0.6
 """The part of the multiprocessors that must have a block: with fewer the cut of another layer is changed
 for another. (On an H200 that gained up to 50 % below this and lost up to 20 % above.)"""
 
 
 class Shape(NamedTuple):
-    """How a block of threads is cut: the names are the constants in ``stream.cu``."""
+    """How a block of threads is cut: the names are the constants in ``stream.cu``. fixed: 4-bit weights are
+    multiplied by the one row's activations as fixed-point numbers (``fixed.cuh``): half the instructions for
+    each weight, and a moment more before the first."""
 
     warps_n: int
     warps_k: int
@@ -60,6 +65,7 @@ class Shape(NamedTuple):
     warpgroup: int = 0
     blocks: int = 1
     splits: int = 1
+    fixed: int = 0
 
     @property
     def threads(self) -> int:
@@ -72,18 +78,25 @@ class Shape(NamedTuple):
     def stage_bytes(self, form: Format, fetched: bool = False) -> int:
         """Bytes of one stage of the pipeline; ``fetched`` by the copy engine, rows of weights are swizzled
         instead of padded."""
-        row = self.step * form.x_bits // 8
+        row = 0 if self.fixed else self.step * form.x_bits // 8
         tile = self.step // form.unit * form.unit_bytes
         if form.row_major:
             tile = TILE * (row if fetched else row + 16)
         stage = self.warps_n * self.row_tiles * tile
-        stage += self.tokens * (row if self.warpgroup else row + 16)
+        stage += self.tokens * (row if self.warpgroup or not row else row + 16)
         return -(-stage // 1024) * 1024 if self.warpgroup else stage
 
     def shared(self, form: Format) -> int:
         """Bytes of shared memory: the pipeline, or the partial sums that follow it."""
         sums = self.warps_k * max(self.tokens, 8) * (self.rows + 4) * 4
         return max(self.warps_k * self.stages * self.stage_bytes(form), sums)
+
+    def activations(self, form: Format, k: int) -> int:
+        """Bytes of shared memory beside those, for a block's part of fixed-point activations."""
+        if not self.fixed:
+            return 0
+        steps = -(-k // (self.step * self.warps_k * self.splits)) * self.warps_k
+        return steps * (3 * self.step + 8 * self.step // form.unit)
 
     def busy(self, n: int, rows: int) -> float:
         """The part of the multiprocessors that have a block, while the last blocks are computed too."""
@@ -99,7 +112,10 @@ class Shape(NamedTuple):
     def fits(self, form: Format, k: int) -> bool:
         """Whether the kernel can be cut like this."""
         fits = k % self.step == 0 and self.step % form.unit == 0 and self.threads <= 1024
-        fits = fits and room(self.shared(form), self.blocks)
+        fits = fits and room(self.shared(form) + self.activations(form, k), self.blocks)
+        if self.fixed:
+            alone = self.tokens == 1 and not self.warpgroup
+            fits = fits and alone and (form.bits, form.x_bits) == (4, 16) and form.chunk > 0
         return fits and (self.fits_wgmma(form) if self.warpgroup else self.stages >= 2)
 
     def fits_wgmma(self, form: Format, fetched: bool = False) -> bool:
@@ -120,7 +136,8 @@ def shape_for(scheme: Scheme, n: int, k: int, rows: int, device: str) -> Shape:
     the multiprocessors of this one busy, or a plain one."""
     form = format_of(scheme)
     found = tuned_shapes(device, "shapes", scheme.name, scheme.family, n, k, rows)
-    fitting = [shape for shape in (Shape(*one) for one in found) if shape.fits(form, k)]
+    shapes = (Shape(*one) for one in found if rows == 1 or Shape(*one).tokens > 1)
+    fitting = [shape for shape in shapes if shape.fits(form, k)]
     if not fitting:
         return plain_shape(form, k, rows)
     if is_measured(device, "shapes", scheme.name, n, k):
@@ -162,6 +179,7 @@ def source(form: Format, shape: Shape, half: bool) -> str:
         "unpack.cuh",
         "products.cuh",
         "multiply.cuh",
+        "fixed.cuh",
         "epilogue.cuh",
         "stream.cu",
     )
@@ -228,17 +246,16 @@ def run(
     per_row = packed[1].float().reshape(-1)
     w_scale, w_sum = (None, per_row) if form.x_zero else (per_row, None)
     shape = shape.paired(form, k) if epilogue in GATES else shape
-    call = compiled(
-        form, shape, x.dtype, dtype, None if bias is None else bias.dtype, epilogue, x.device.index
-    )
+    types = (x.dtype, dtype, None if bias is None else bias.dtype)
+    call = compiled(form, shape, *types, epilogue, x.device.index)
     y = x.new_empty(m, outputs(n, epilogue), dtype=dtype)
     pointers = (x, x_scale, x_zero, packed[0], w_scale, w_sum, bias, y)
     addresses = (0 if t is None else t.data_ptr() for t in pointers)
-    arguments = struct.pack(
-        "<8Q4iIi", *addresses, m, n, k, k * x.element_size(), BASE.get(x.dtype, 0), 0
-    )
+    base = SIGNS if shape.fixed else BASE.get(x.dtype, 0)
+    arguments = struct.pack("<8Q4iIi", *addresses, m, n, k, k * x.element_size(), base, 0)
+    grid = (-(-n // shape.rows), -(-m // shape.tokens), shape.splits)
     with torch.cuda.device(x.device):
-        call.launch((-(-n // shape.rows), -(-m // shape.tokens), shape.splits), arguments)
+        call.launch(grid, arguments, shape.activations(form, k))
     return y
 
 

@@ -85,8 +85,9 @@ class Function:
     shared: int
     overlap: bool
 
-    def launch(self, grid: tuple[int, int, int], arguments: bytes) -> None:
-        """Launch on torch's current stream with one struct as the argument.
+    def launch(self, grid: tuple[int, int, int], arguments: bytes, more: int = 0) -> None:
+        """Launch on torch's current stream with one struct as the argument. more: bytes of shared memory
+        beside its own.
 
         With ``overlap`` the kernel may start before its predecessor has ended (programmatic
         dependent launch); it waits inside.
@@ -95,7 +96,7 @@ class Function:
         config = driver.CUlaunchConfig()
         config.gridDimX, config.gridDimY, config.gridDimZ = grid
         config.blockDimX, config.blockDimY, config.blockDimZ = self.threads, 1, 1
-        config.sharedMemBytes = self.shared
+        config.sharedMemBytes = self.shared + more
         config.hStream = torch.cuda.current_stream().cuda_stream
         if self.overlap:
             config.attrs = [_overlap()]
@@ -115,6 +116,14 @@ def _overlap() -> Any:
     attribute.id = kind.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
     attribute.value.programmaticStreamSerializationAllowed = 1
     return attribute
+
+
+@lru_cache
+def _most_shared(device: int) -> int:
+    """Bytes of shared memory that a block may have."""
+    driver, _ = bindings()
+    attribute = driver.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN
+    return checked(driver.cuDeviceGetAttribute(attribute, device), "shared memory")
 
 
 @lru_cache
@@ -138,6 +147,6 @@ def function(
     library = checked(driver.cuLibraryLoadData(binary, [], [], 0, [], [], 0), "load")
     kernel = checked(driver.cuLibraryGetKernel(library, entry.encode()), entry)
     attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-    checked(driver.cuKernelSetAttribute(attribute, shared, kernel, device), "shared memory")
+    checked(driver.cuKernelSetAttribute(attribute, _most_shared(device), kernel, device), "room")
     handle = driver.CUfunction(int(kernel))
     return Function(handle, threads, shared, overlap=overlap and major >= 9)

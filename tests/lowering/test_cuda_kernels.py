@@ -384,6 +384,36 @@ def test_every_cut_is_exact_and_repeats_itself(scheme):
 
 
 @needs_hopper
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("scheme", ["int4wo-32", "int4wo-64", "int4wo-128"])
+@torch.no_grad()
+def test_one_row_loses_nothing_as_fixed_point_numbers(scheme, dtype):
+    """Six orders of magnitude in every group, very large and very small ones: what is lost is 2^-23 of a group's
+    largest activation for each of its weights, beside the rounding of the result and of float32 sums."""
+    row, n, k = get_scheme(scheme), 200, 1280
+    generator = torch.Generator().manual_seed(0)
+    weight = row.weight.quantize(torch.randn(n, k, generator=generator))
+    wide = row.weight.dequantize(weight, torch.float64)
+    packed = [t.cuda() for t in cuda_layout.pack(row, weight)]
+    powers = (0, 12, -12) if dtype == torch.float16 else (0, 100, -100)
+    for power in powers:
+        spread = 10.0 ** (6 * torch.rand(1, k, generator=generator) - 5)
+        x = (torch.randn(1, k, generator=generator) * spread).double() * 2.0**power
+        x = x.clamp(-6e4, 6e4).to(dtype) if dtype == torch.float16 else x.to(dtype)
+        op = torch.ops.fxquant.stream_linear
+        y = op(x.cuda(), None, None, packed, None, scheme, "", n, torch.float32).cpu().double()
+        groups = x.double().abs().reshape(-1, row.weight.group_size).amax(1)
+        lost = groups * wide.abs().reshape(n, -1, row.weight.group_size).sum(2) * 2.0**-23
+        sums = x.double().abs() @ wide.abs().t() * 2.0**-20
+        assert ((y - x.double() @ wide.t()).abs() <= lost.sum(1) + sums).all(), power
+        x[0, 77] = torch.inf
+        y = op(x.cuda(), None, None, packed, None, scheme, "", n, torch.float32)
+        assert y.isnan().all(), "nothing that is not finite is lost"
+    nothing = op(torch.zeros(1, k, dtype=dtype).cuda(), None, None, packed, None, scheme, "", n, dtype)
+    assert not nothing.any()
+
+
+@needs_hopper
 @torch.no_grad()
 def test_rows_beside_the_activations_do_not_matter():
     """The activations are three rows of a larger tensor full of NaN."""

@@ -22,8 +22,12 @@ struct Arguments {
   const void* bias;
   void* y;
   int m, n, k, ldx;
-  u32 base;  // BASE: a constant that the compiler knew it would load again for every use
+  u32 base;  // BASE or SIGNS: a constant that the compiler knew it would load again for every use
 };
+
+// Of a block's shared memory, what does not depend on k: the stages, or the partial sums that follow them
+constexpr int RING_BYTES = WARPS_K * STAGES * STAGE_BYTES, SUMS_BYTES = WARPS_K * COLUMNS * (ROWS + 4) * 4;
+constexpr int SHARED_BYTES = RING_BYTES > SUMS_BYTES ? RING_BYTES : SUMS_BYTES;
 
 extern "C" __global__ void __cluster_dims__(1, 1, SPLITS) __launch_bounds__(THREADS, BLOCKS) stream_linear(const Arguments p) {
   extern __shared__ __align__(1024) char memory[];
@@ -89,27 +93,49 @@ extern "C" __global__ void __cluster_dims__(1, 1, SPLITS) __launch_bounds__(THRE
     commit();
   }
   wait_for_previous_kernel();
+  const u32 fixed = shared_address(memory) + SHARED_BYTES;
+  if constexpr (FIXED) {
+    // of the steps that this block takes: WARPS_K of every PARTS_K
+    const u16* x = reinterpret_cast<const u16*>(p.x + static_cast<u64>(first_token) * p.ldx);
+    const int all = (steps + PARTS_K - 1) / PARTS_K * WARPS_K * (STEP / 8);
+    for (int item = threadIdx.x; item - lane < all; item += THREADS) {
+      const int mine = item / (STEP / 8), step = (mine / WARPS_K * SPLITS + blockIdx.z) * WARPS_K + mine % WARPS_K;
+      fix(x, min(step, steps - 1) * STEP + item % (STEP / 8) / 4 * 32, fixed + mine * FIXED_BYTES, item, item < all);
+    }
+    __syncthreads();
+  } else {
 #pragma unroll
-  for (int i = 0; i < AHEAD; ++i)
-    if (i < my_steps) fetch_x(i, false);
+    for (int i = 0; i < AHEAD; ++i)
+      if (i < my_steps) fetch_x(i, false);
+  }
 
   Sums sums = {};
   for (int i = 0; i < my_steps; ++i) {
     wait_for_oldest();
-    group_barrier(group);  // and everybody is done with the stage that is filled next
+    if (FIXED)
+      __syncwarp();  // its weights are its own
+    else
+      group_barrier(group);  // and everybody is done with the stage that is filled next
     if (i + AHEAD < my_steps) {
       fetch_weights(i + AHEAD);
-      fetch_x(i + AHEAD, true);
+      if (!FIXED) fetch_x(i + AHEAD, true);
     }
     commit();
-    const u32 stage = ring + i % STAGES * STAGE_BYTES;
-    multiply(stage + X_BYTES + warp_n * W_BYTES, stage, lane, p.base, sums);
+    const u32 stage = ring + i % STAGES * STAGE_BYTES, weights = stage + X_BYTES + warp_n * W_BYTES;
+    if constexpr (FIXED)
+      multiply_fixed(weights, fixed + (i * WARPS_K + group) * FIXED_BYTES, lane, p.base, sums);
+    else
+      multiply(weights, stage, lane, p.base, sums);
   }
 
 #if WARPGROUP
   end_products<0>();
   settle(sums);
 #endif
+#pragma unroll
+  for (int r = 0; FIXED && r < ROW_TILES; ++r)
+#pragma unroll
+    for (int half = 0; half < 4; half += 2) sums[r][0][half] = joined(sums[r][0][half], sums[r][0][half + 1], lane % 4);
 
   // Partial sums meet in shared memory as [group][token][row].
   constexpr int PITCH = ROWS + 4;
