@@ -388,8 +388,8 @@ def test_every_cut_is_exact_and_repeats_itself(scheme):
 @pytest.mark.parametrize("scheme", ["int4wo-32", "int4wo-64", "int4wo-128"])
 @torch.no_grad()
 def test_one_row_loses_nothing_as_fixed_point_numbers(scheme, dtype):
-    """Six orders of magnitude in every group, very large and very small ones: what is lost is 2^-23 of a group's
-    largest activation for each of its weights, beside the rounding of the result and of float32 sums."""
+    """Six orders of magnitude in every group, very large and very small ones: what is lost is 2^-23 of a
+    group's largest activation for each of its weights, beside the rounding of float32 sums."""
     row, n, k = get_scheme(scheme), 200, 1280
     generator = torch.Generator().manual_seed(0)
     weight = row.weight.quantize(torch.randn(n, k, generator=generator))
@@ -409,7 +409,9 @@ def test_one_row_loses_nothing_as_fixed_point_numbers(scheme, dtype):
         x[0, 77] = torch.inf
         y = op(x.cuda(), None, None, packed, None, scheme, "", n, torch.float32)
         assert y.isnan().all(), "nothing that is not finite is lost"
-    nothing = op(torch.zeros(1, k, dtype=dtype).cuda(), None, None, packed, None, scheme, "", n, dtype)
+    nothing = op(
+        torch.zeros(1, k, dtype=dtype).cuda(), None, None, packed, None, scheme, "", n, dtype
+    )
     assert not nothing.any()
 
 
