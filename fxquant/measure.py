@@ -55,8 +55,8 @@ def replayed(
 def alternating(
     runs: Sequence[Sequence[Callable[[], object]]], *, span: float = 3e-3, rounds: int = 9
 ) -> list[float]:
-    """``replayed`` of each of ``runs``, their graphs (of one memory pool) in turns: what heats the GPU until its
-    clocks fall (large products do after 150 ms on an H200, from 1965 to 1545 MHz) slows all alike."""
+    """``replayed`` of each of ``runs``, their graphs, of one memory pool, in turns: what heats the GPU until
+    its clocks fall (large products do after 150 ms on an H200, from 1965 to 1545 MHz) slows all alike."""
     stream, pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):

@@ -28,7 +28,8 @@ for float8.)"""
 
 class Cut(NamedTuple):
     """How a block of threads is cut. warpgroups: that multiply, each ``64 * row_tiles`` channels; step:
-    values of k in a stage; blocks: on a multiprocessor; splits: blocks of a cluster that share k."""
+    values of k in a stage; blocks: on a multiprocessor; splits: blocks of a cluster that share k, of all
+    tiles where they find places at once, or of the last ones, which do not fill a wave."""
 
     warpgroups: int
     row_tiles: int
@@ -105,19 +106,22 @@ class Cut(NamedTuple):
         """The part of those places that have a block, on average over the waves."""
         return taken(self.tiles(n, rows) * self.splits, self.places)
 
+    def shares(self, n: int, rows: int) -> bool:
+        """Whether there are tiles that all blocks of a cluster work on."""
+        left = self.tiles(n, rows) % self.places
+        return self.splits > 1 and 0 < left * self.splits <= self.places
+
     def work(self, form: Format, rows: int) -> float:
-        """Of a multiprocessor in one wave, in tokens of a channel."""
-        part = 1.0 if self.splits == 1 else 1 / self.splits + ADDING
-        if self.blocks > 1:
-            part *= APART
-        elif self.warpgroups == 1:
-            part *= ALONE
+        """Of a multiprocessor in one wave of whole tiles, in tokens of a channel."""
         loading = READING if form.row_major else UNPACKING
-        return part * self.blocks * self.rows * (min(self.tokens, rows) + loading)
+        alone = APART if self.blocks > 1 else ALONE if self.warpgroups == 1 else 1.0
+        return alone * self.blocks * self.rows * (min(self.tokens, rows) + loading)
 
     def time(self, form: Format, n: int, rows: int) -> float:
         """What all waves take, in products of a token and a channel for each k on one multiprocessor."""
-        return self.waves(n, rows) * self.work(form, rows)
+        whole, left = divmod(self.tiles(n, rows), self.places)
+        last = 1 / self.splits + ADDING if self.shares(n, rows) else min(left, 1)
+        return (whole + last) * self.work(form, rows)
 
     def fits(self, form: Format, k: int) -> bool:
         """Whether the kernel can be cut like this."""
@@ -167,10 +171,10 @@ def cuts(form: Format, n: int, k: int, rows: int, tokens: Iterable[int]) -> list
 
 
 def splits_of(cut: Cut, form: Format, n: int, k: int, rows: int) -> list[Cut]:
-    """The same with k split in every way that fits."""
+    """The same with k split in every way that fits, of all tiles or of the last."""
     splits = (cut._replace(splits=parts) for parts in (1, 2, 4, 8))
     fitting = [one for one in splits if one.fits(form, k)]
-    return [one for one in fitting if one.splits == 1 or one.waves(n, rows) == 1]
+    return [one for one in fitting if one.splits == 1 or one.shares(n, rows)]
 
 
 SMALL = 64
@@ -248,7 +252,7 @@ def _spread(cut: Cut, form: Format, n: int, k: int, rows: int) -> Cut:
         )
     )
     at_once = [one for one in (evened(one, rows) for one in options) if one.waves(n, rows) == 1]
-    return min(at_once, key=lambda one: one.work(form, rows), default=cut)
+    return min(at_once, key=lambda one: one.time(form, n, rows), default=cut)
 
 
 def evened(cut: Cut, rows: int) -> Cut:

@@ -29,6 +29,7 @@ from .cuda_stream import (
 from .cuda_wgmma import warpgroup_product
 from .dequantize import LAYOUT as ROW_MAJOR
 from .devices import device_row
+from .hopper import CLUSTERED
 from .kernel import Problem, activations_in, kernel, multiple_of
 from .triton_launch import estimate, input_is
 
@@ -118,9 +119,9 @@ def run(
     addresses = (0 if t is None else t.data_ptr() for t in pointers)
     arguments = maps + struct.pack("<7Q3i", *addresses, m, n, k)
     arguments += bytes(-len(arguments) % 64)  # the maps align the whole
-    tiles = cut.tiles(n, m)
-    blocks = device_row(x.device).units * cut.blocks
-    grid = min(tiles, blocks) if cut.splits == 1 else tiles * cut.splits
+    tiles, units = cut.tiles(n, m), device_row(x.device).units
+    places = min(units, CLUSTERED[cut.splits]) if cut.splits > 1 else units
+    grid = min(tiles * cut.splits, places * cut.blocks // cut.splits * cut.splits)
     with torch.cuda.device(device):
         call.launch((grid, 1, 1), arguments)
     return y

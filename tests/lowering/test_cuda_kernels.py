@@ -383,6 +383,45 @@ def test_every_cut_is_exact_and_repeats_itself(scheme):
             assert torch.equal(y, cutter.run(*arguments)), "bit-identical from run to run"
 
 
+SHARED = [
+    *(
+        (scheme, "")
+        for scheme in ("int4wo-64", "int8wo", "8da4w-32", "8da4w-128", "int8dq", "fp8dq")
+    )
+]
+
+
+@needs_hopper
+@pytest.mark.parametrize("scheme, gate", [*SHARED, ("int4wo-64", "silu_mul")])
+@torch.no_grad()
+def test_the_last_tiles_are_shared(scheme, gate):
+    """By clusters, where they leave multiprocessors idle: after one wave or two, few left or many."""
+    row, k = get_scheme(scheme), 512
+    names = ("cuda_pipeline", "cuda_pipeline_w4a8", "cuda_pipeline_w8a8")
+    name = next(n for n in names if row.family in KERNELS[n].families)
+    cutter = tuner.CUTTERS[name]
+    kinds = [(1, 1, 64, 128, 4, 1), (2, 1, 80, 128, 4, 1), (1, 1, 32, 128, 4, 2)]
+    cuts = [cuda_cuts.Cut(*kind, splits) for kind in kinds for splits in (2, 4, 8)]
+    cuts = [cut for cut in cuts if cut.fits(cutter.types(row)[1], k)]
+    sizes = [
+        (cut, cut.rows * (cut.places * waves + left) // 2 - 32)
+        for cut in cuts
+        for waves, left in [(1, 2), (2, cut.places // cut.splits // 2 * 2)]
+    ]
+    largest = max(n for _, n in sizes)
+    sample = oracles.exact_sample(row, 2 * 80 - 3, largest, k, torch.bfloat16).to("cuda")
+    for cut, n in sizes:
+        rows = 2 * cut.tokens - 3
+        assert cut.shares(n, rows) and cut.tiles(n, rows) > cut.places, (cut, n)
+        weight = Quantized(*(None if t is None else t[:n] for t in sample.weight))
+        packed = KERNELS[name].layout.pack(row, weight)
+        operands = cutter.operands(row, sample.x[:rows].contiguous())
+        rest = (*operands, packed, None, n, gate, torch.bfloat16)
+        shared = cutter.run(row, cut, *rest)
+        assert torch.equal(cutter.run(row, cut._replace(splits=1), *rest), shared), (cut, n)
+        assert torch.equal(cutter.run(row, cut, *rest), shared), "bit-identical from run to run"
+
+
 @needs_hopper
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("scheme", ["int4wo-32", "int4wo-64", "int4wo-128"])

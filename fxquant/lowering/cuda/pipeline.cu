@@ -6,8 +6,8 @@
 // one of them waits for, another one uses: unpacking and products overlap, and so does the end of a tile
 // with the fetches for the next.
 // (Clusters that share their activations by multicast were slower everywhere on an H200, by 10 to
-// 40 %: blocks then wait for each other.) Where there are few tiles, a cluster of SPLITS blocks splits
-// k; its partial sums are added in a fixed order.
+// 40 %: blocks then wait for each other.) Where the last tiles, or all there are, leave multiprocessors
+// idle, a cluster of SPLITS blocks splits k; its partial sums are added in a fixed order.
 
 struct Arguments {
   __align__(64) char x[128];  // tensor map of [m, k]: 128 bytes of k by TOKENS, swizzled
@@ -91,13 +91,29 @@ struct Place {
   }
 };
 
-// The tiles of a block, in the order in which it takes them
+// The tiles of a block, in the order in which it takes them. While every block has one it takes it whole; of
+// what is left each cluster takes one tile, and every block of it a part of k, if there are clusters enough.
 struct Walk {
-  int tiles_n, tiles_m, tile;
+  int tiles_n, tiles_m, tile, whole;
+  bool split = false;
   __device__ __forceinline__ Walk(const Arguments& p)
-      : tiles_n((p.n + ROWS - 1) / ROWS), tiles_m((p.m + TOKENS - 1) / TOKENS), tile(blockIdx.x / SPLITS) {}
+      : tiles_n((p.n + ROWS - 1) / ROWS), tiles_m((p.m + TOKENS - 1) / TOKENS), tile(blockIdx.x) {
+    whole = tiles_n * tiles_m / gridDim.x * gridDim.x;
+    share();
+  }
+  __device__ __forceinline__ void share() {
+    if (SPLITS == 1 || tile < whole || (tiles_n * tiles_m - whole) * SPLITS > gridDim.x) return;
+    split = true;
+    tile = whole + blockIdx.x / SPLITS;
+  }
   __device__ __forceinline__ bool more() const { return tile < tiles_n * tiles_m; }
-  __device__ __forceinline__ void next() { tile += gridDim.x / SPLITS; }
+  __device__ __forceinline__ void next() {
+    tile += gridDim.x;
+    if (!split) share();
+  }
+  // Its stages: the first, and how many further the next is
+  __device__ __forceinline__ int first() const { return split ? blockIdx.x % SPLITS : 0; }
+  __device__ __forceinline__ int stride() const { return split ? SPLITS : 1; }
   __device__ __forceinline__ int2 at() const {  // (channels, tokens), in tiles
     const int band = tile / (BAND * tiles_n), inside = tile - band * BAND * tiles_n;
     const int width = min(BAND, tiles_m - band * BAND);
@@ -121,15 +137,17 @@ __device__ __forceinline__ void fetch_weights(const Arguments& p, u32 to, int ti
   }
 }
 
-__device__ __forceinline__ void fetch(const Arguments& p, u32 ring, u32 full, u32 empty, int lane) {
+// Whether the last tile was split
+__device__ __forceinline__ bool fetch(const Arguments& p, u32 ring, u32 full, u32 empty, int lane) {
   const int steps = p.k / STEP, last = (p.n + 15) / 16 - 1;
   const u64 again = keep_policy(true), weights_policy = keep_policy(p.m > TOKENS);
-  bool waited = false;
+  bool waited = false, split = false;
   Place place;
   for (Walk walk(p); walk.more(); walk.next()) {
     const int2 at = walk.at();
     const int tile = min(tile_at(at.x * TILES + lane, p.n), last);
-    for (int i = blockIdx.x % SPLITS; i < steps; i += SPLITS) {
+    split = walk.split;
+    for (int i = walk.first(); i < steps; i += walk.stride()) {
       const u32 stage = ring + place.stage * STAGE_BYTES, barrier = full + 8 * place.stage;
       barrier_wait(empty + 8 * place.stage, place.phase ^ 1);
       if (lane == 0) barrier_expect(barrier, X_BYTES + TILES * STEP_BYTES);
@@ -141,6 +159,7 @@ __device__ __forceinline__ void fetch(const Arguments& p, u32 ring, u32 full, u3
       place.next();
     }
   }
+  return split;
 }
 
 // The activation of eight numbers times eight others, of y's type as all that is written to shared memory
@@ -232,11 +251,11 @@ __device__ __forceinline__ void write(const Arguments& p, u32 part, int2 at, int
   }
 }
 
-// Partial sums of a cluster's blocks meet as [token][channel] where the ring was: there is one tile for
-// each cluster. Every block adds a share of them, four channels at a time.
+// Partial sums of a cluster's blocks meet as [token][channel] where the ring was: a tile that is split is the
+// last. Every block adds a share of them, four channels at a time.
 __device__ __forceinline__ void reduce(const Arguments& p, u32 memory, int2 at, int warp, int lane, const Sums& sums) {
   constexpr int PITCH = ROWS + 4;
-  asm volatile("bar.sync 1, %0;" ::"n"(CONSUMERS) : "memory");  // nobody reads the ring any more
+  asm volatile("bar.sync 8, %0;" ::"n"(CONSUMERS) : "memory");  // nobody reads the ring any more
 #pragma unroll
   for (int r = 0; r < ROW_TILES; ++r)
 #pragma unroll
@@ -301,7 +320,7 @@ __device__ __forceinline__ void consume(const Arguments& p, u32 memory, u32 full
     Sums sums = {};
     int before = -1;
 #pragma unroll 1  // copies of it would have to move the sums, and ptxas would have products wait for each other
-    for (int i = blockIdx.x % SPLITS; i < steps; i += SPLITS) {
+    for (int i = walk.first(); i < steps; i += walk.stride()) {
       barrier_wait(full + 8 * place.stage, place.phase);
       const u32 stage = memory + place.stage * STAGE_BYTES;
       multiply(stage + X_BYTES + first * W_BYTES, stage, lane, 0, sums);
@@ -311,7 +330,7 @@ __device__ __forceinline__ void consume(const Arguments& p, u32 memory, u32 full
     }
     end_products<0>();
     settle(sums);
-    if (SPLITS > 1) {
+    if (walk.split) {
       reduce(p, memory, walk.at(), warp, lane, sums);
     } else {
       release(before);
@@ -335,9 +354,13 @@ extern "C" __global__ void __cluster_dims__(SPLITS, 1, 1) __launch_bounds__(128 
   __syncthreads();
   if (warp >= WARPS_N) {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(FETCH_REGISTERS));
-    if (warp == WARPS_N) fetch(p, memory, full, empty, lane);
+    bool split = false;
+    if (warp == WARPS_N)
+      split = fetch(p, memory, full, empty, lane);
+    else if (SPLITS > 1)
+      for (Walk walk(p); walk.more(); walk.next()) split = walk.split;
     __syncwarp();
-    if (SPLITS > 1) cluster_barrier();
+    if (split) cluster_barrier();
   } else {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(MULTIPLY_REGISTERS));
     consume(p, memory, full, empty, warp, lane);
