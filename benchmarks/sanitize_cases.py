@@ -33,6 +33,7 @@ from fxquant.lowering.cuda_cuts import Cut
 from fxquant.lowering.cuda_layout import Format
 from fxquant.lowering.cuda_stream import Shape
 from fxquant.lowering.dispatch import prequantized
+from fxquant.lowering.hopper import MULTIPROCESSORS
 from fxquant.lowering.kernel import KERNELS
 from fxquant.ops import bundle, finish
 from fxquant.scheme import Quantized, Scheme, get_scheme
@@ -70,7 +71,8 @@ FEW = 2
 
 @dataclass(frozen=True)
 class Case:
-    """One launch. ``cut``: how a kernel of ``tuner.CUTTERS`` is cut."""
+    """One launch. ``cut``: how a kernel of ``tuner.CUTTERS`` is cut; ``units``: multiprocessors that it
+    thinks it has."""
 
     kernel: str
     scheme: str
@@ -78,6 +80,7 @@ class Case:
     n: int
     k: int
     cut: Shape | Cut | None = None
+    units: int = FEW
 
     @property
     def name(self) -> str:
@@ -93,12 +96,16 @@ def cases() -> list[Case]:
         for rows in STREAM_ROWS
         for cut in stream_kinds(scheme, rows)
     ]
-    found += [  # once with rows of y that end on 16 bytes, once with others
-        Case(kernel, scheme, PIPELINE_ROWS, PIPELINE_N + 3 * (cut.tokens > 64), STREAM_K, cut)
-        for kernel, schemes in PIPELINE.items()
-        for scheme in schemes
-        for cut in pipeline_kinds(kernel, scheme)
-    ]
+    for kernel, schemes in PIPELINE.items():
+        for scheme, cut in ((s, cut) for s in schemes for cut in pipeline_kinds(kernel, s)):
+            n = PIPELINE_N + 3 * (
+                cut.tokens > 64
+            )  # with rows of y that end on 16 bytes, and others
+            units = FEW if cut.splits == 1 else MULTIPROCESSORS  # where all tiles are split at once
+            found.append(Case(kernel, scheme, PIPELINE_ROWS, n, STREAM_K, cut, units))
+            if cut.splits > 1:  # five tiles for a cluster of four blocks, the last is shared
+                few = (cut.tokens - 5, 5 * cut.rows - 37)
+                found.append(Case(kernel, scheme, *few, STREAM_K, cut))
     found += [Case("cuda_dequantize", scheme, 0, STREAM_N, 256) for scheme in DEQUANTIZED]
     for scheme in QUANTIZED:  # n: the width of what is read, two halves where a gate joins them
         found += [Case("quantize_rows", scheme, 13, width, 1000) for width in (1000, 2000)]
@@ -195,7 +202,7 @@ def run(case: Case) -> tuple[float, list[str]]:
         codes = on_gpu((q.codes, q.scale.float(), q.zero))
     kept = handshake.Kept(triton_prefill.persistent_linear_kernel)
     few = {"multiprocessors": lambda device: FEW, "persistent_linear_kernel": kept}
-    row = {"device_row": lambda device: SimpleNamespace(units=FEW)}
+    row = {"device_row": lambda device: SimpleNamespace(units=case.units)}
     with mock.patch.multiple(triton_prefill, **few), mock.patch.multiple(cuda_pipeline, **row):
         if case.cut is None:
             y = kernel.compute(prequantized(scheme, codes), x, packed, None, "")

@@ -121,7 +121,8 @@ def run(
     arguments += bytes(-len(arguments) % 64)  # the maps align the whole
     tiles, units = cut.tiles(n, m), device_row(x.device).units
     places = min(units, CLUSTERED[cut.splits]) if cut.splits > 1 else units
-    grid = min(tiles * cut.splits, places * cut.blocks // cut.splits * cut.splits)
+    clusters = max(places * cut.blocks // cut.splits, 1)
+    grid = min(tiles, clusters) * cut.splits
     with torch.cuda.device(device):
         call.launch((grid, 1, 1), arguments)
     return y

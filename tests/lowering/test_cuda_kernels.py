@@ -383,19 +383,17 @@ def test_every_cut_is_exact_and_repeats_itself(scheme):
             assert torch.equal(y, cutter.run(*arguments)), "bit-identical from run to run"
 
 
-SHARED = [
-    *(
-        (scheme, "")
-        for scheme in ("int4wo-64", "int8wo", "8da4w-32", "8da4w-128", "int8dq", "fp8dq")
-    )
-]
+SHARED = ("int4wo-64", "int8wo", "8da4w-32", "8da4w-128", "int8dq", "fp8dq")
 
 
 @needs_hopper
-@pytest.mark.parametrize("scheme, gate", [*SHARED, ("int4wo-64", "silu_mul")])
+@pytest.mark.parametrize(
+    "scheme, gate", [*((scheme, "") for scheme in SHARED), ("int4wo-64", "silu_mul")]
+)
 @torch.no_grad()
 def test_the_last_tiles_are_shared(scheme, gate):
-    """By clusters, where they leave multiprocessors idle: after one wave or two, few left or many."""
+    """By clusters, where they leave multiprocessors idle: after one wave or two, few left or many. (Halves
+    that a gate joins are rounded before where a tile is whole.)"""
     row, k = get_scheme(scheme), 512
     names = ("cuda_pipeline", "cuda_pipeline_w4a8", "cuda_pipeline_w8a8")
     name = next(n for n in names if row.family in KERNELS[n].families)
@@ -418,7 +416,9 @@ def test_the_last_tiles_are_shared(scheme, gate):
         operands = cutter.operands(row, sample.x[:rows].contiguous())
         rest = (*operands, packed, None, n, gate, torch.bfloat16)
         shared = cutter.run(row, cut, *rest)
-        assert torch.equal(cutter.run(row, cut._replace(splits=1), *rest), shared), (cut, n)
+        whole = cutter.run(row, cut._replace(splits=1), *rest)
+        near = {"rtol": 2.0**-6, "atol": 1e-7} if gate else {"rtol": 0, "atol": 0}
+        torch.testing.assert_close(shared, whole, **near, msg=lambda text: f"{cut}, {n}: {text}")  # noqa: B023
         assert torch.equal(cutter.run(row, cut, *rest), shared), "bit-identical from run to run"
 
 

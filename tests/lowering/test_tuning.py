@@ -120,6 +120,18 @@ def test_clusters_do_not_find_places_everywhere():
     assert cut._replace(splits=8).waves(896, 256) == 2, "14 clusters of 8 blocks"
 
 
+def test_clusters_share_the_tiles_that_do_not_fill_a_wave():
+    form = cuda_layout.format_of(get_scheme("int4wo-64"))
+    whole = cuda_cuts.Cut(2, 1, 192, 128, 3)
+    half = whole._replace(splits=2)
+    assert whole.tiles(28672, 384) == 3 * 132 + 52 and half.shares(28672, 384)
+    assert half.time(form, 28672, 384) == pytest.approx(3.6 / 4 * whole.time(form, 28672, 384))
+    assert not half.shares(30720, 384), "84 tiles are too many for two blocks each"
+    assert half.time(form, 30720, 384) == whole.time(form, 30720, 384)
+    assert half not in cuda_cuts.splits_of(whole, form, 30720, 4096, 384)
+    assert not half.shares(132 * 64, 384), "nothing is left"
+
+
 @pytest.mark.parametrize("key", sorted(tuned_table("NVIDIA H200")["kernels"]))
 def test_what_is_shipped_says_how_fast_it_is(key):
     speeds = tuned_table("NVIDIA H200")["speeds"]
