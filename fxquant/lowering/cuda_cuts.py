@@ -213,7 +213,7 @@ def _picked(
     tuned = (Cut(*measured) for measured in found)
     plain = sorted(PLAIN, key=lambda cut: abs(cut.tokens - rows))
     cut = next(cut for cut in (*tuned, *plain) if cut.fits(form, k))
-    known = is_measured(device, section, scheme.name, n, k)
+    known = is_measured(device, section, scheme.name, n, k, rows)
     suited = evened(cut, rows) == cut and (cut.tokens >= SMALL or rows <= 2 * cut.tokens)
     if rows >= BY_MODEL and not (known and suited):
         likely = next(most for most in itertools.chain(LIKE, (rows,)) if most >= rows)

@@ -53,8 +53,8 @@ for another. (On an H200 that gained up to 50 % below this and lost up to 20 % a
 
 class Shape(NamedTuple):
     """How a block of threads is cut: the names are the constants in ``stream.cu``. fixed: 4-bit weights are
-    multiplied by the one row's activations as fixed-point numbers (``fixed.cuh``): half the instructions for
-    each weight, and a moment more before the first."""
+    multiplied by the one row's activations as fixed-point numbers (``fixed.cuh``), which takes fewer
+    instructions for each weight and a moment more before the first."""
 
     warps_n: int
     warps_k: int
@@ -140,7 +140,7 @@ def shape_for(scheme: Scheme, n: int, k: int, rows: int, device: str) -> Shape:
     fitting = [shape for shape in shapes if shape.fits(form, k)]
     if not fitting:
         return plain_shape(form, k, rows)
-    if is_measured(device, "shapes", scheme.name, n, k):
+    if is_measured(device, "shapes", scheme.name, n, k, rows):
         return fitting[0]
     narrow = (shape._replace(row_tiles=1) for shape in fitting)
     options = [*fitting[:1], *(shape for shape in narrow if shape.fits(form, k)), *fitting[1:]]
@@ -198,6 +198,7 @@ def compile_linear(
     *,
     threads: int,
     shared: int,
+    grows: bool = False,
 ) -> nvrtc.Function:
     """The kernel ``entry`` of ``text`` for one form, one cut and these types."""
     constants = defines(
@@ -209,7 +210,7 @@ def compile_linear(
         activation=ACTIVATION[GATES.get(epilogue, epilogue)],
         gated=epilogue in GATES,
     )
-    return nvrtc.function(text, entry, constants, threads, shared, device, True)
+    return nvrtc.function(text, entry, constants, threads, shared, device, True, grows)
 
 
 @lru_cache(maxsize=4096)
@@ -224,7 +225,7 @@ def compiled(
 ) -> nvrtc.Function:
     """The kernel for these types, built unless the cache has it."""
     text = source(form, shape, x == torch.float16)
-    sizes = {"threads": shape.threads, "shared": shape.shared(form)}
+    sizes = {"threads": shape.threads, "shared": shape.shared(form), "grows": bool(shape.fixed)}
     return compile_linear(text, "stream_linear", form, shape, x, y, bias, epilogue, device, **sizes)
 
 
@@ -302,7 +303,7 @@ define_linear("stream_linear", shape_for, run)
 
 RATES = {
     # family: (fraction of the bandwidth, operand type, fraction of its peak), 28672 x 4096 on an H200
-    "w4a16": (0.75, "bfloat16", 0.7),
+    "w4a16": (0.9, "bfloat16", 0.7),
     "w2a16": (0.5, "bfloat16", 0.7),
     "w8a16": (0.86, "bfloat16", 0.55),
     "wf8a16": (0.87, "bfloat16", 0.6),

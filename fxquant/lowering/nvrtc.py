@@ -135,10 +135,12 @@ def function(
     shared: int,
     device: int,
     overlap: bool,
+    grows: bool = False,
 ) -> Function:
     """The kernel ``entry`` of the source ``text`` with these constants, on the device of that index.
 
-    overlap: the kernel waits for its predecessor by itself (``griddepcontrol.wait``).
+    overlap: the kernel waits for its predecessor by itself (``griddepcontrol.wait``). grows: launches may take
+    more shared memory.
     """
     driver, _ = bindings()
     major, minor = torch.cuda.get_device_capability(device)
@@ -147,6 +149,7 @@ def function(
     library = checked(driver.cuLibraryLoadData(binary, [], [], 0, [], [], 0), "load")
     kernel = checked(driver.cuLibraryGetKernel(library, entry.encode()), entry)
     attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-    checked(driver.cuKernelSetAttribute(attribute, _most_shared(device), kernel, device), "room")
+    most = _most_shared(device) if grows else shared
+    checked(driver.cuKernelSetAttribute(attribute, most, kernel, device), "shared memory")
     handle = driver.CUfunction(int(kernel))
     return Function(handle, threads, shared, overlap=overlap and major >= 9)

@@ -83,9 +83,10 @@ def key(scheme: str, n: int, k: int) -> str:
     return f"{scheme} {n}x{k}"
 
 
-def is_measured(device: str, section: str, scheme: str, n: int, k: int) -> bool:
-    """Whether the table has this very layer."""
-    return key(scheme, n, k) in tuned_table(device)[section]
+def is_measured(device: str, section: str, scheme: str, n: int, k: int, rows: int) -> bool:
+    """Whether the table has this very layer, at this many rows."""
+    steps = tuned_table(device)[section].get(key(scheme, n, k), [])
+    return bool(steps) and rows >= steps[0][0]
 
 
 ALIKE = math.log(8)

@@ -120,6 +120,23 @@ def test_clusters_do_not_find_places_everywhere():
     assert cut._replace(splits=8).waves(896, 256) == 2, "14 clusters of 8 blocks"
 
 
+def test_a_layer_that_was_read_for_many_rows_alone_is_adapted_for_few(monkeypatch):
+    """The likest layer's cut for 16 rows leaves three of four multiprocessors without work here."""
+    likest = [[0, [2, 2, 16, 128, 4, 1, 1]]]
+    cuts = {"int4wo-64 8192x4096": likest, "int4wo-64 2048x4096": [[33, [1, 1, 48, 128, 4, 1, 2]]]}
+    table = {section: {} for section in tuning.SECTIONS} | {"pipelines": cuts}
+    monkeypatch.setattr(tuning, "tuned_table", lambda device: table)
+    measured = [
+        tuning.is_measured("some", "pipelines", "int4wo-64", 2048, 4096, m) for m in (16, 40)
+    ]
+    assert measured == [False, True]
+    few, many = (
+        cuda_cuts.cut_for(get_scheme("int4wo-64"), 2048, 4096, rows, "some") for rows in (16, 40)
+    )
+    assert few.tiles(2048, 16) * few.splits >= 0.6 * 132
+    assert many == cuda_cuts.Cut(1, 1, 48, 128, 4, 1, 2)
+
+
 def test_clusters_share_the_tiles_that_do_not_fill_a_wave():
     form = cuda_layout.format_of(get_scheme("int4wo-64"))
     whole = cuda_cuts.Cut(2, 1, 192, 128, 3)

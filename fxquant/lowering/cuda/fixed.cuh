@@ -1,9 +1,9 @@
-// One row of activations as integers: 4-bit weights times it by the int8 tensor cores, which takes half as many
-// instructions a weight as making floats of the codes.
+// One row of activations as integers: 4-bit weights times it by the int8 tensor cores. Codes become bytes in fewer
+// instructions than floats, and a product takes twice as many: in all a fourth fewer.
 //
-// Values that share a weight's group are fixed-point numbers of 23 bits, with the power of two above the largest
-// of them as their scale, in three bytes ("planes"), each a column of the right operand: all of an activation that is
-// within 2^-15 of the largest is kept, and what is lost is below 2^-23 of it, as in a float32 sum.
+// Values that share a weight's group are fixed-point numbers: integers of 23 bits with a power of two as their
+// scale, in three bytes ("planes"), each a column of the right operand. A bfloat16 that is within 2^-14 of the
+// group's largest is kept whole; what others lose is at most 2^-22 of that one, little more than in a float32 sum.
 
 constexpr int PLANES = 3;
 constexpr int FIXED_GROUP = 2 * sizeof(float);  // the scale of a group, and the sum of its activations
