@@ -139,8 +139,8 @@ def function(
 ) -> Function:
     """The kernel ``entry`` of the source ``text`` with these constants, on the device of that index.
 
-    overlap: the kernel waits for its predecessor by itself (``griddepcontrol.wait``). grows: launches may take
-    more shared memory.
+    overlap: the kernel waits for its predecessor by itself (``griddepcontrol.wait``). grows: launches may
+    take more shared memory.
     """
     driver, _ = bindings()
     major, minor = torch.cuda.get_device_capability(device)

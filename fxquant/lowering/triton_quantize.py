@@ -162,7 +162,7 @@ def _fake(
     x: torch.Tensor, scheme: str, gate: str = "", widened: bool = False
 ) -> list[torch.Tensor]:
     found = quantize_fake(x, scheme, "input", gate)
-    return [found[0].to(torch.bfloat16), found[1]] if widened else found
+    return [torch.empty_like(found[0], dtype=torch.bfloat16), found[1]] if widened else found
 
 
 @define('quantize_rows(Tensor x, str scheme, str gate="", bool widened=False) -> Tensor[]', _fake)

@@ -13,6 +13,7 @@ if DEVICE == "cpu":
 
 from torch._inductor.utils import fresh_cache, run_and_get_code  # noqa: E402
 from torch._subclasses import FakeTensorMode  # noqa: E402
+from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
 import fxquant  # noqa: E402
 from fxquant.inductor import trace_decomposed  # noqa: E402
@@ -215,3 +216,19 @@ def test_through_inductor(dynamic, anywhere):
             y, code = run_and_get_code(run, x)
             assert sqnr(y, model(x)) > 30
             assert any("fxquant.quantize_rows" in text for text in code) or rows == 9
+
+
+@pytest.mark.parametrize("widened", [False, True])
+def test_what_it_writes_is_allocated_and_nothing_else_runs(widened):
+    """What no kernel has written yet was once converted to the type of the widened codes."""
+    x, ran = torch.ones(3, 64).bfloat16(), []
+
+    class Recorded(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            ran.append(func.overloadpacket)
+            return func(*args, **(kwargs or {}))
+
+    with Recorded():
+        found = triton_quantize._fake(x, "8da4w-32", "", widened)
+    assert found[0].dtype == (torch.bfloat16 if widened else torch.int8)
+    assert ran and set(ran) <= {torch.ops.aten.new_empty, torch.ops.aten.empty_like}
