@@ -136,8 +136,8 @@ def shape_for(scheme: Scheme, n: int, k: int, rows: int, device: str) -> Shape:
     the multiprocessors of this one busy, or a plain one."""
     form = format_of(scheme)
     found = tuned_shapes(device, "shapes", scheme.name, scheme.family, n, k, rows)
-    shapes = (Shape(*one) for one in found if rows == 1 or Shape(*one).tokens > 1)
-    fitting = [shape for shape in shapes if shape.fits(form, k)]
+    shapes = (Shape(*one) for one in found)
+    fitting = [one for one in shapes if one.fits(form, k) and (rows == 1 or one.tokens > 1)]
     if not fitting:
         return plain_shape(form, k, rows)
     if is_measured(device, "shapes", scheme.name, n, k, rows):
@@ -225,8 +225,11 @@ def compiled(
 ) -> nvrtc.Function:
     """The kernel for these types, built unless the cache has it."""
     text = source(form, shape, x == torch.float16)
-    sizes = {"threads": shape.threads, "shared": shape.shared(form), "grows": bool(shape.fixed)}
-    return compile_linear(text, "stream_linear", form, shape, x, y, bias, epilogue, device, **sizes)
+    types = (x, y, bias, epilogue, device)
+    return compile_linear(
+        text, "stream_linear", form, shape, *types,
+        threads=shape.threads, shared=shape.shared(form), grows=bool(shape.fixed),
+    )  # fmt: skip
 
 
 def run(
