@@ -11,8 +11,8 @@ import torch
 from ..scheme import Scheme
 from .cuda_layout import Format, format_of
 from .cuda_stream import BUSY, Shape
-from .hopper import CLUSTERED, room, taken
-from .tuning import is_measured, proven_shapes, remembered, tuned_shapes
+from .hopper import CLUSTERED, room
+from .tuning import measured_shape, proven_shapes, remembered, tuned_shapes
 
 SPARE = 40
 """Registers beside the sums: the weights being unpacked, addresses."""
@@ -90,7 +90,7 @@ class Cut(NamedTuple):
         return (self.row_tiles + parts) * self.tokens // 2
 
     def tiles(self, n: int, rows: int) -> int:
-        """Of the result, each computed by a cluster of ``splits`` blocks."""
+        """Of the result."""
         return -(-n // self.rows) * -(-rows // self.tokens)
 
     @property
@@ -100,11 +100,13 @@ class Cut(NamedTuple):
 
     def waves(self, n: int, rows: int) -> int:
         """How often a place for a block on a multiprocessor is taken, at most."""
-        return -(-self.tiles(n, rows) * self.splits // self.places)
+        return -(-self.tiles(n, rows) // self.places)
 
     def busy(self, n: int, rows: int) -> float:
         """The part of those places that have a block, on average over the waves."""
-        return taken(self.tiles(n, rows) * self.splits, self.places)
+        whole, left = divmod(self.tiles(n, rows), self.places)
+        left *= self.splits if self.shares(n, rows) else 1
+        return (whole + left / self.places) / self.waves(n, rows)
 
     def shares(self, n: int, rows: int) -> bool:
         """Whether there are tiles that all blocks of a cluster work on."""
@@ -150,7 +152,7 @@ BY_MODEL = 33
 
 def token_counts(rows: int) -> Iterable[int]:
     """Of a tile, up to one that holds all rows."""
-    return range(32, min(-(-rows // 16) * 16, 256) + 1, 16)
+    return range(32, min(max(-(-rows // 16) * 16, 32), 256) + 1, 16)
 
 
 def cuts(form: Format, n: int, k: int, rows: int, tokens: Iterable[int]) -> list[Cut]:
@@ -213,7 +215,8 @@ def _picked(
     tuned = (Cut(*measured) for measured in found)
     plain = sorted(PLAIN, key=lambda cut: abs(cut.tokens - rows))
     cut = next(cut for cut in (*tuned, *plain) if cut.fits(form, k))
-    known = is_measured(device, section, scheme.name, n, k, rows)
+    measured = measured_shape(device, section, scheme.name, n, k, rows)
+    known = measured is not None and cut == Cut(*measured)
     suited = evened(cut, rows) == cut and (cut.tokens >= SMALL or rows <= 2 * cut.tokens)
     if rows >= BY_MODEL and not (known and suited):
         likely = next(most for most in itertools.chain(LIKE, (rows,)) if most >= rows)

@@ -92,6 +92,12 @@ def tensor_map(address: int, rows: int, row_bytes: int, box_rows: int) -> bytes:
     return ctypes.string_at(int(made.getPtr()), 128)
 
 
+def blocks_of(cut: Cut, tiles: int, units: int) -> int:
+    """Blocks for that many tiles on that many multiprocessors: whole clusters, as many as find places."""
+    places = min(units, CLUSTERED[cut.splits]) if cut.splits > 1 else units
+    return min(tiles, max(places * cut.blocks // cut.splits, 1)) * cut.splits
+
+
 def run(
     scheme: Scheme,
     cut: Cut,
@@ -119,10 +125,7 @@ def run(
     addresses = (0 if t is None else t.data_ptr() for t in pointers)
     arguments = maps + struct.pack("<7Q3i", *addresses, m, n, k)
     arguments += bytes(-len(arguments) % 64)  # the maps align the whole
-    tiles, units = cut.tiles(n, m), device_row(x.device).units
-    places = min(units, CLUSTERED[cut.splits]) if cut.splits > 1 else units
-    clusters = max(places * cut.blocks // cut.splits, 1)
-    grid = min(tiles, clusters) * cut.splits
+    grid = blocks_of(cut, cut.tiles(n, m), device_row(x.device).units)
     with torch.cuda.device(device):
         call.launch((grid, 1, 1), arguments)
     return y

@@ -32,7 +32,7 @@ from .triton_launch import (
     input_is,
     weight_is,
 )
-from .tuning import is_measured, remembered, tuned_shapes
+from .tuning import measured_shape, remembered, tuned_shapes
 
 CODE = {torch.bfloat16: 1, torch.float16: 2, torch.float32: 3}
 ACTIVATION = {"": 0, "relu": 1, "gelu": 2, "gelu_tanh": 3, "silu": 4}
@@ -140,7 +140,8 @@ def shape_for(scheme: Scheme, n: int, k: int, rows: int, device: str) -> Shape:
     fitting = [one for one in shapes if one.fits(form, k) and (rows == 1 or one.tokens > 1)]
     if not fitting:
         return plain_shape(form, k, rows)
-    if is_measured(device, "shapes", scheme.name, n, k, rows):
+    measured = measured_shape(device, "shapes", scheme.name, n, k, rows)
+    if measured is not None and fitting[0] == Shape(*measured):
         return fitting[0]
     narrow = (shape._replace(row_tiles=1) for shape in fitting)
     options = [*fitting[:1], *(shape for shape in narrow if shape.fits(form, k)), *fitting[1:]]

@@ -83,10 +83,12 @@ def key(scheme: str, n: int, k: int) -> str:
     return f"{scheme} {n}x{k}"
 
 
-def is_measured(device: str, section: str, scheme: str, n: int, k: int, rows: int) -> bool:
-    """Whether the table has this very layer, at this many rows."""
+def measured_shape(
+    device: str, section: str, scheme: str, n: int, k: int, rows: int
+) -> tuple[int, ...] | None:
+    """The cut that was measured for this very layer at this many rows, if any."""
     steps = tuned_table(device)[section].get(key(scheme, n, k), [])
-    return bool(steps) and rows >= steps[0][0]
+    return next((tuple(shape) for first, shape in reversed(steps) if rows >= first), None)
 
 
 ALIKE = math.log(8)

@@ -10,7 +10,7 @@ import torch
 
 import fxquant
 from fxquant import tuner
-from fxquant.lowering import cuda_cuts, cuda_layout, nvrtc, tuning
+from fxquant.lowering import cuda_cuts, cuda_layout, cuda_pipeline, cuda_stream, nvrtc, tuning
 from fxquant.lowering.cuda_stream import Shape
 from fxquant.lowering.select import select
 from fxquant.lowering.tuning import (
@@ -115,9 +115,9 @@ def test_a_proven_cut_is_preferred_to_one_that_is_little_faster():
 
 def test_clusters_do_not_find_places_everywhere():
     cut = cuda_cuts.Cut(2, 1, 128, 128, 4)
-    assert cut._replace(splits=4).waves(4096, 128) == 2, "32 clusters of 4 blocks"
-    assert cut._replace(splits=2).waves(4096, 128) == 1
-    assert cut._replace(splits=8).waves(896, 256) == 2, "14 clusters of 8 blocks"
+    assert not cut._replace(splits=4).shares(4096, 128), "32 clusters of 4 blocks"
+    assert cut._replace(splits=2).shares(4096, 128)
+    assert not cut._replace(splits=8).shares(896, 256), "14 clusters of 8 blocks"
 
 
 def test_a_layer_that_was_read_for_many_rows_alone_is_adapted_for_few(monkeypatch):
@@ -126,10 +126,9 @@ def test_a_layer_that_was_read_for_many_rows_alone_is_adapted_for_few(monkeypatc
     cuts = {"int4wo-64 8192x4096": likest, "int4wo-64 2048x4096": [[33, [1, 1, 48, 128, 4, 1, 2]]]}
     table = {section: {} for section in tuning.SECTIONS} | {"pipelines": cuts}
     monkeypatch.setattr(tuning, "tuned_table", lambda device: table)
-    measured = [
-        tuning.is_measured("some", "pipelines", "int4wo-64", 2048, 4096, m) for m in (16, 40)
-    ]
-    assert measured == [False, True]
+    layer = ("some", "pipelines", "int4wo-64", 2048, 4096)
+    assert tuning.measured_shape(*layer, 16) is None
+    assert tuning.measured_shape(*layer, 40) == (1, 1, 48, 128, 4, 1, 2)
     few, many = (
         cuda_cuts.cut_for(get_scheme("int4wo-64"), 2048, 4096, rows, "some") for rows in (16, 40)
     )
@@ -147,6 +146,33 @@ def test_clusters_share_the_tiles_that_do_not_fill_a_wave():
     assert half.time(form, 30720, 384) == whole.time(form, 30720, 384)
     assert half not in cuda_cuts.splits_of(whole, form, 30720, 4096, 384)
     assert not half.shares(132 * 64, 384), "nothing is left"
+    assert (half.waves(28672, 384), half.busy(28672, 384)) == (
+        4,
+        pytest.approx((3 + 104 / 132) / 4),
+    )
+    # what is launched: whole clusters, no more than find places, and one at least
+    assert (
+        cuda_pipeline.blocks_of(whole, 448, 132) == cuda_pipeline.blocks_of(half, 448, 132) == 132
+    )
+    assert cuda_pipeline.blocks_of(half._replace(splits=4), 448, 132) == 120
+    assert cuda_pipeline.blocks_of(half._replace(splits=8), 5, 2) == 8
+    assert cuda_pipeline.blocks_of(half._replace(blocks=2), 500, 114) == 228
+    assert cuda_pipeline.blocks_of(half, 20, 132) == 40
+
+
+def test_a_cut_of_one_token_is_not_taken_for_several(monkeypatch):
+    """Whoever tunes one row alone: others take the likest layer's cut, adapted as if nothing were known."""
+    row, form = get_scheme("int4wo-64"), cuda_layout.format_of(get_scheme("int4wo-64"))
+    sibling = [[0, [8, 1, 2, 8, 128, 4, 0, 1, 1]]]
+    cuts = {
+        "int4wo-64 256x4096": [[0, [1, 8, 1, 1, 128, 3, 0, 1, 1]]],
+        "int4wo-64 512x4096": sibling,
+    }
+    table = {section: {} for section in tuning.SECTIONS} | {"shapes": cuts}
+    monkeypatch.setattr(tuning, "tuned_table", lambda device: table)
+    assert cuda_stream.shape_for(row, 256, 4096, 1, "some") == Shape(1, 8, 1, 1, 128, 3)
+    several = cuda_stream.shape_for(row, 256, 4096, 8, "some")
+    assert several == Shape(8, 1, 1, 8, 128, 4) and several.fits(form, 4096)
 
 
 @pytest.mark.parametrize("key", sorted(tuned_table("NVIDIA H200")["kernels"]))

@@ -4,6 +4,7 @@
 // Values that share a weight's group are fixed-point numbers: integers of 23 bits with a power of two as their
 // scale, in three bytes ("planes"), each a column of the right operand. A bfloat16 that is within 2^-14 of the
 // group's largest is kept whole; what others lose is at most 2^-22 of that one, little more than in a float32 sum.
+// (Of a group whose largest is below 2^-105 it is more, at most 2^-127.)
 
 constexpr int PLANES = 3;
 constexpr int FIXED_GROUP = 2 * sizeof(float);  // the scale of a group, and the sum of its activations
