@@ -98,10 +98,9 @@ def cases() -> list[Case]:
     ]
     for kernel, schemes in PIPELINE.items():
         for scheme, cut in ((s, cut) for s in schemes for cut in pipeline_kinds(kernel, s)):
-            n = PIPELINE_N + 3 * (
-                cut.tokens > 64
-            )  # with rows of y that end on 16 bytes, and others
-            units = FEW if cut.splits == 1 else MULTIPROCESSORS  # where all tiles are split at once
+            # rows of y that end on 16 bytes, and others; split, all tiles at once
+            n = PIPELINE_N + 3 * (cut.tokens > 64)
+            units = FEW if cut.splits == 1 else MULTIPROCESSORS
             found.append(Case(kernel, scheme, PIPELINE_ROWS, n, STREAM_K, cut, units))
             if cut.splits > 1:  # five tiles for a cluster of four blocks, the last is shared
                 few = (cut.tokens - 5, 5 * cut.rows - 37)

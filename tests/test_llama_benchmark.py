@@ -297,6 +297,15 @@ def test_the_table_compares_with_bf16_and_with_torchaos_same_scheme(report):
     assert "torchao-int4wo-64, prefill 2048 failed: RuntimeError: slow" in text
 
 
+def test_a_reading_that_failed_is_compared_with_nothing(report):
+    readings = [
+        reading("int8wo", failure="late"),
+        reading("torchao-int8wo-untuned", tokens_per_s=2.0),
+    ]
+    text = report.page({"machines": {"H": {"torch": "2"}}, "readings": readings})
+    assert "**" not in text.partition("\n## ")[2], "nor marked as if it were"
+
+
 def test_cosines_to_bf16_where_both_were_computed(report, tmp_path):
     def path(batch: int, name: str) -> Path:
         return tmp_path / f"{batch}{name}.npy"

@@ -16,6 +16,7 @@ import torch
 from ..scheme import Quantized, Scheme
 from .cost import roofline
 from .kernel import Layout, Problem, activations_in, has_feature, kernel
+from .native_linear import REAL
 
 LIBRARY = torch.library.Library("fxquant", "FRAGMENT")
 LIBRARY.define(
@@ -67,10 +68,6 @@ def _unpack(scheme: Scheme, packed: Sequence[torch.Tensor], n: int, k: int) -> Q
 LAYOUT = Layout(name="onednn", pack=_pack, unpack=_unpack)
 
 
-REAL = (torch.float32, torch.bfloat16, torch.float16)
-"""Not float64, which would lose what float32 does not hold: oneDNN scales in it."""
-
-
 def _cost(problem: Problem):
     return roofline(
         problem,
@@ -90,7 +87,7 @@ def _int32_suffices(problem: Problem) -> str | None:
     device="cpu",
     layout=LAYOUT,
     cost=_cost,
-    needs=(has_feature("amx_int8"), activations_in(*REAL), _int32_suffices),
+    needs=(has_feature("amx_int8"), activations_in(*REAL), _int32_suffices),  # it scales in float32
     faults=({"dtype": torch.float64}, {"k": 2**17}),
 )
 def onednn_int8(scheme, x, packed, bias, epilogue):

@@ -9,7 +9,6 @@
 constexpr int PLANES = 3;
 constexpr int FIXED_GROUP = 2 * sizeof(float);  // the scale of a group, and the sum of its activations
 constexpr int FIXED_BYTES = FIXED ? STEP * PLANES + STEP / UNIT * FIXED_GROUP : 0;  // of STEP activations
-constexpr u32 SIGNS = 0x80808080u;
 
 // The signed digits of four numbers below 2^22 for base 256, as one word for each digit, the highest first
 __device__ __forceinline__ void digits(const int (&q)[4], u32 (&planes)[PLANES]) {
@@ -74,6 +73,7 @@ __device__ __forceinline__ float joined(float first, float second, int t) {
   return sum + __shfl_xor_sync(~0u, sum, 1);
 }
 
+// signs: 0x80 in each byte, which makes unsigned nibbles in their high halves signed
 __device__ __forceinline__ void multiply_fixed(u32 weights, u32 x, int lane, u32 signs, Sums& sums) {
   const u32 mine = x + lane / 4 % PLANES * 32 + lane % 4 * 8;  // columns past the third repeat them: nobody looks
   const float first = lane % 4 == 0 ? 1 / 4096.0f : 0.0f;      // the zero point's part joins the first plane's sum
