@@ -4,8 +4,8 @@
         [--shapes 28672x4096,4096x4096] [--rows 1,16] [--sanitize]
 
 For each scheme, shape (n x k) and number of rows: the kernel that fxquant chooses (measured tables
-included), its activations quantized by a kernel of its own before the product (of few rows what
-Inductor makes of that step; in a model it is fused with the norm before it). bfloat16 ``F.linear``
+included), its activations quantized by that kernel (one row) or by one of its own before the product (of few
+rows what Inductor makes of that step; in a model it is fused with the norm before it). bfloat16 ``F.linear``
 and torch's own quantized products run in the same process.
 Times are medians of CUDA-graph replays over copies of the weight that together exceed the L2 cache,
 a scheme's and bfloat16's in turns.
@@ -140,6 +140,11 @@ class Subject:
         cutter = tuner.CUTTERS.get(name)
         widened = cutter is not None and cutter.widened
 
+        def whole(x: torch.Tensor, *packed: torch.Tensor) -> torch.Tensor:
+            if kernel.quantizes(replace(self.problem, m=x.shape[0])):
+                return run_kernel(name, scheme, layout, x, packed, None, "", n)
+            return product(x, quantize(x), *packed)
+
         def product(x: torch.Tensor, codes: Sequence[torch.Tensor], *packed: torch.Tensor):
             if widened:
                 run = torch.ops.fxquant.widened_linear
@@ -150,7 +155,7 @@ class Subject:
         if name in tuner.COMPOSED:
             product = torch.compile(product, dynamic=False, fullgraph=True, backend=BACKEND)
         quantize = (lambda x: []) if scheme.input is None else quantization(scheme, widened)
-        return lambda x, *packed: product(x, quantize(x), *packed)
+        return whole
 
     def read(
         self,
@@ -252,9 +257,10 @@ def measure(
                 record["kernel"] = kernel.name
                 try:
                     record |= subject.read(kernel, layout, x, floats, copy)
-                    if (spec := scheme.input) is not None and spec not in steps:
-                        steps[spec] = replayed([partial(quantization(scheme), x)]) * 1e6
-                    if spec is not None:
+                    spec, own = scheme.input, kernel.quantizes(replace(subject.problem, m=m))
+                    if spec is not None and not own:
+                        if spec not in steps:
+                            steps[spec] = replayed([partial(quantization(scheme), x)]) * 1e6
                         record["quantize_us"] = steps[spec]
                 except Exception as failure:
                     record["failure"] = f"{type(failure).__name__}: {failure}"[:500]

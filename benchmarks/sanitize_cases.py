@@ -170,7 +170,7 @@ def build(todo: Sequence[Case]) -> None:
 
     def one(case: Case) -> None:
         cutter = tuner.CUTTERS[case.kernel]
-        x, form = cutter.types(get_scheme(case.scheme))
+        x, form = cutter.types(get_scheme(case.scheme), case.cut)
         cutter.compiled(form, case.cut, x, torch.bfloat16, None, "", 0)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:

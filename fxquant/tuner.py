@@ -132,25 +132,28 @@ def pipeline_cuts(scheme: Scheme, n: int, k: int, rows: int, widened: bool = Fal
 @dataclass(frozen=True)
 class Cutter:
     """A kernel family whose blocks can be cut: where its tuned cuts lie, which are worth a reading for
-    (scheme, n, k, rows), which is picked on a device, what compiles and what runs one, and whether the
-    activations' codes come widened."""
+    (scheme, n, k, rows), which is picked on a device, what compiles and what runs one, the form that takes
+    activations of a type; up to how many rows it quantizes itself, and whether their codes come widened."""
 
     section: str
     cuts: Callable[[Scheme, int, int, int], Sequence[Any]]
     pick: Callable[[Scheme, int, int, int, str], Any]
     compiled: Callable[..., Any]
     run: Callable[..., torch.Tensor]
+    taking: Callable[[Format, torch.dtype], Format]
+    own_rows: int = 0
     widened: bool = False
 
-    def types(self, scheme: Scheme) -> tuple[torch.dtype, Format]:
-        """What activations come as, and the format that takes them."""
+    def types(self, scheme: Scheme, cut: Any = None) -> tuple[torch.dtype, Format]:
+        """What activations come as, at a cut for few rows maybe, and the format that takes them."""
         form, spec = cuda_layout.format_of(scheme), scheme.input
-        x = torch.bfloat16 if spec is None or self.widened else spec.codes_dtype
-        return x, form.taking(x)
+        own = cut is not None and cut.tokens <= self.own_rows
+        x = torch.bfloat16 if spec is None or own or self.widened else spec.codes_dtype
+        return x, self.taking(form, x)
 
     def operands(self, scheme: Scheme, x: torch.Tensor) -> tuple[torch.Tensor, Any, Any]:
         """Activations as ``run`` takes them, with their scale and zero point."""
-        if scheme.input is None:
+        if scheme.input is None or x.shape[0] <= self.own_rows:
             return x, None, None
         q = scheme.input.quantize(x)
         scale, zero = (cuda_stream.of_rows(t, x.shape[0]) for t in (q.scale, q.zero))
@@ -160,10 +163,21 @@ class Cutter:
 
 
 _STREAM = Cutter(
-    "shapes", stream_cuts, cuda_stream.shape_for, cuda_stream.compiled, cuda_stream.run
+    section="shapes",
+    cuts=stream_cuts,
+    pick=cuda_stream.shape_for,
+    compiled=cuda_stream.compiled,
+    run=cuda_stream.run,
+    taking=cuda_stream.taking,
+    own_rows=1,
 )
 _PIPELINE = Cutter(
-    "pipelines", pipeline_cuts, cuda_cuts.cut_for, cuda_pipeline.compiled, cuda_pipeline.run
+    section="pipelines",
+    cuts=pipeline_cuts,
+    pick=cuda_cuts.cut_for,
+    compiled=cuda_pipeline.compiled,
+    run=cuda_pipeline.run,
+    taking=Format.taking,
 )
 _WIDENED = replace(
     _PIPELINE,
@@ -181,9 +195,9 @@ CUTTERS = {
 
 def build(cutter: Cutter, scheme: Scheme, shapes: Iterable[Any], device: torch.device) -> None:
     """Compile all these cuts at once: the compiler leaves Python's lock to others. Raises BuildFailed."""
-    x, form = cutter.types(scheme)
 
     def compile(shape: Any) -> None:
+        x, form = cutter.types(scheme, shape)
         cutter.compiled(form, shape, x, torch.bfloat16, None, "", device.index)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -230,11 +244,17 @@ class _Subject:
         return [n for n in names if n != FALLBACK] or names
 
     def read(self, rows: int, emit: Callable[[Reading], None]) -> None:
-        """All that can serve this many rows, and bfloat16, in turns."""
+        """All that can serve this many rows, and bfloat16, in turns. Activations are quantized beforehand, but
+        where a kernel does it itself."""
         x = torch.randn(rows, self.k, device=self.device, dtype=torch.bfloat16)
         with torch.no_grad():
-            runs = [run for name in self.kernels(rows) for run in self.runs(name, rows, x)]
+            names, at = self.kernels(rows), replace(self.problem, m=rows)
+            own = [name for name in names if KERNELS[name].quantizes(at)]
+            runs = [run for name in names for run in self.runs(name, rows, x)]
             calls = [[partial(run, packed) for packed in self.packs] for _, _, run in runs]
+            for calls_of, (name, *_) in zip(calls, runs, strict=True):
+                if own and name not in own:  # they are compared with what quantizes, too
+                    calls_of[:] = [partial(self.after_quantization, x, call) for call in calls_of]
             floats = [partial(F.linear, x, w) for (w,) in self.float]
             *times, base = alternating([*calls, floats], span=1e-3, rounds=7)
         for (name, shape, _), took in zip(runs, times, strict=True):
@@ -247,10 +267,15 @@ class _Subject:
         cutter = CUTTERS.get(name)
         if cutter is None:
             return [(name, None, self.other(name, x))]
-        operands = cutter.operands(self.scheme, x)  # their quantization is not measured
+        operands = cutter.operands(self.scheme, x)
         shapes = cutter.cuts(self.scheme, self.n, self.k, rows)
         build(cutter, self.scheme, shapes, self.device)
         return [(name, shape, partial(self.cut, cutter, shape, *operands)) for shape in shapes]
+
+    def after_quantization(self, x: torch.Tensor, call: Callable[[], object]) -> None:
+        """A call on codes that were made before, and what making them takes."""
+        torch.ops.fxquant.quantize_rows(x, self.scheme.name)
+        call()
 
     def cut(self, cutter, shape, x, scale, zero, packed) -> torch.Tensor:
         return cutter.run(

@@ -36,6 +36,7 @@ class Format(NamedTuple):
     zero: bool
     x_zero: bool
     widened: bool = False
+    x_type: int = 0
 
     def taking(self, x: torch.dtype) -> Format:
         """The same for activations that come as ``x``: 8-bit codes may be 16-bit floats by now, less their

@@ -16,7 +16,7 @@ import sympy
 import torch
 
 from ..ops import GATES, outputs
-from ..scheme import Scheme, get_scheme
+from ..scheme import QuantSpec, Scheme, get_scheme
 from . import nvrtc
 from .cuda_layout import STREAM, TILE, Format, format_of
 from .cuda_needs import ANY_FLOAT, COMMON, HALF, UNZEROED, grouped
@@ -32,6 +32,7 @@ from .triton_launch import (
     input_is,
     weight_is,
 )
+from .triton_quantize import are_known
 from .tuning import measured_shape, remembered, tuned_shapes
 
 CODE = {torch.bfloat16: 1, torch.float16: 2, torch.float32: 3}
@@ -45,6 +46,9 @@ BASE = {torch.bfloat16: 0x43004300, torch.float16: 0x64006400}
 
 SIGNS = 0x80808080
 """Turned over in nibbles from 0 to 15, those become signed, in the high halves of bytes."""
+
+BESIDE_CODES = 512
+"""Bytes beside the codes that a block makes of its row: its scale and zero point, and what they are found in."""
 
 BUSY = 0.6
 """The part of the multiprocessors that must have a block: with fewer the cut of another layer is changed
@@ -75,15 +79,20 @@ class Shape(NamedTuple):
     def rows(self) -> int:
         return TILE * self.row_tiles * self.warps_n
 
+    @property
+    def one_row(self) -> bool:
+        return self.tokens == 1 and not self.warpgroup
+
     def stage_bytes(self, form: Format, fetched: bool = False) -> int:
         """Bytes of one stage of the pipeline; ``fetched`` by the copy engine, rows of weights are swizzled
         instead of padded."""
-        row = 0 if self.fixed else self.step * form.x_bits // 8
+        row = self.step * form.x_bits // 8
         tile = self.step // form.unit * form.unit_bytes
         if form.row_major:
             tile = TILE * (row if fetched else row + 16)
         stage = self.warps_n * self.row_tiles * tile
-        stage += self.tokens * (row if self.warpgroup or not row else row + 16)
+        if not self.makes(form):
+            stage += self.tokens * (row if self.warpgroup else row + 16)
         return -(-stage // 1024) * 1024 if self.warpgroup else stage
 
     def shared(self, form: Format) -> int:
@@ -91,12 +100,18 @@ class Shape(NamedTuple):
         sums = self.warps_k * max(self.tokens, 8) * (self.rows + 4) * 4
         return max(self.warps_k * self.stages * self.stage_bytes(form), sums)
 
+    def makes(self, form: Format) -> bool:
+        """Whether a block makes fixed-point numbers or codes of its row of activations."""
+        return bool(self.fixed or form.x_type)
+
     def activations(self, form: Format, k: int) -> int:
-        """Bytes of shared memory beside those, for a block's part of fixed-point activations."""
-        if not self.fixed:
+        """Bytes of shared memory beside those, for what a block makes of its part of the activations."""
+        if not self.makes(form):
             return 0
         steps = -(-k // (self.step * self.warps_k * self.splits)) * self.warps_k
-        return steps * (3 * self.step + 8 * self.step // form.unit)
+        if self.fixed:
+            return steps * (3 * self.step + 8 * self.step // form.unit)
+        return BESIDE_CODES + steps * self.step
 
     def busy(self, n: int, rows: int) -> float:
         """The part of the multiprocessors that have a block, while the last blocks are computed too."""
@@ -112,10 +127,10 @@ class Shape(NamedTuple):
     def fits(self, form: Format, k: int) -> bool:
         """Whether the kernel can be cut like this."""
         fits = k % self.step == 0 and self.step % form.unit == 0 and self.threads <= 1024
-        fits = fits and room(self.shared(form) + self.activations(form, k), self.blocks)
+        forms = (form, form._replace(x_type=1)) if self.one_row and form.x_bits == 8 else (form,)
+        fits = fits and all(room(self.shared(f) + self.activations(f, k), self.blocks) for f in forms)
         if self.fixed:
-            alone = self.tokens == 1 and not self.warpgroup
-            fits = fits and alone and (form.bits, form.x_bits) == (4, 16) and form.chunk > 0
+            fits = fits and self.one_row and (form.bits, form.x_bits) == (4, 16) and form.chunk > 0
         return fits and (self.fits_wgmma(form) if self.warpgroup else self.stages >= 2)
 
     def fits_wgmma(self, form: Format, fetched: bool = False) -> bool:
@@ -149,6 +164,12 @@ def shape_for(scheme: Scheme, n: int, k: int, rows: int, device: str) -> Shape:
     return next(full, max(options, key=lambda shape: shape.busy(n, rows)))
 
 
+def taking(form: Format, x: torch.dtype) -> Format:
+    """The same for activations that come as ``x``: if as floats where the product takes codes, the kernel
+    quantizes them."""
+    return form if x.itemsize * 8 == form.x_bits else form._replace(x_type=CODE[x])
+
+
 def plain_shape(form: Format, k: int, rows: int) -> Shape:
     """A cut that serves any layer."""
     steps = (s for s in (128, 64, 32) if s % form.unit == 0)
@@ -180,6 +201,7 @@ def source(form: Format, shape: Shape, half: bool) -> str:
         "unpack.cuh",
         "products.cuh",
         "multiply.cuh",
+        "quantize.cuh",
         "fixed.cuh",
         "epilogue.cuh",
         "stream.cu",
@@ -229,7 +251,7 @@ def compiled(
     types = (x, y, bias, epilogue, device)
     return compile_linear(
         text, "stream_linear", form, shape, *types,
-        threads=shape.threads, shared=shape.shared(form), grows=bool(shape.fixed),
+        threads=shape.threads, shared=shape.shared(form), grows=shape.makes(form),
     )  # fmt: skip
 
 
@@ -246,8 +268,8 @@ def run(
     dtype: torch.dtype,
 ) -> torch.Tensor:
     """One launch, cut as ``shape``: y[m, n] (of GATES [m, n / 2]) of contiguous x[m, k], x_scale float32
-    [m] and x_zero int32 [m]."""
-    form, (m, k) = format_of(scheme), x.shape
+    [m] and x_zero int32 [m]; or of one row x[1, k] that the kernel quantizes as the scheme wants it."""
+    form, (m, k) = taking(format_of(scheme), x.dtype), x.shape
     per_row = packed[1].float().reshape(-1)
     w_scale, w_sum = (None, per_row) if form.x_zero else (per_row, None)
     shape = shape.paired(form, k) if epilogue in GATES else shape
@@ -279,8 +301,8 @@ def of_rows(qparam: torch.Tensor | None, m: int) -> torch.Tensor | None:
 
 
 def define_linear(name: str, pick: Callable[..., Any], run: Callable[..., torch.Tensor]) -> None:
-    """The op ``fxquant::<name>``: x[m, k] (16-bit float, int8 or float8) times the packed weight, y[m, n]
-    in ``dtype``, by one ``run`` of the cut that ``pick`` finds for it."""
+    """The op ``fxquant::<name>``: x[m, k] (16-bit float, int8 or float8; or as ``run`` takes it) times the
+    packed weight, y[m, n] in ``dtype``, by one ``run`` of the cut that ``pick`` finds for it."""
 
     def linear(x, x_scale, x_zero, packed, bias, scheme, epilogue, n, dtype):
         if x.shape[0] == 0:
@@ -329,6 +351,28 @@ def _linear(x, scale, zero, packed, bias, scheme, epilogue, n, dtype):
     return op(x, scale, zero, packed, bias, scheme.name, epilogue, n, dtype)
 
 
+LONGEST = 1 << 16
+"""Values of a row whose codes have room beside the stages of any cut."""
+
+
+def _is_quantized_here(spec: Any, rows: Any, k: int) -> bool:
+    """Whether the kernel quantizes these activations: one row, as a QuantSpec says that it knows. (Codes
+    that were made before come as another kind of specification.)"""
+    known = isinstance(spec, QuantSpec) and spec.granularity == "token" and are_known(spec)
+    return known and isinstance(rows, int) and rows == 1 and k <= LONGEST
+
+
+def quantizes(p: Problem) -> bool:
+    return _is_quantized_here(p.scheme.input, p.m, p.k)
+
+
+def _operands(scheme: Scheme, x: torch.Tensor) -> tuple[Any, Any, Any]:
+    """Activations as the kernel takes them, with their scale and zero point if they are codes."""
+    if _is_quantized_here(scheme.input, *x.shape):
+        return x, None, None
+    return scheme.input.quantize(x)  # type: ignore[union-attr]
+
+
 @kernel(
     families=["w4a16", "w2a16"],
     device="cuda",
@@ -365,10 +409,11 @@ def cuda_w8a16(scheme, x, packed, bias, epilogue):
     needs=[*COMMON, ANY_FLOAT, weight_is("group", "none"), input_is("int"), grouped],
     epilogues=FINISHES,
     faults=[{"dtype": torch.float64}, {"k": 48}],
+    quantizes=quantizes,
 )
 def cuda_w4a8(scheme, x, packed, bias, epilogue):
-    q, n = scheme.input.quantize(x), packed[1].numel()
-    return _linear(q.codes, q.scale, q.zero, packed, bias, scheme, epilogue, n, x.dtype)
+    n = packed[1].numel()
+    return _linear(*_operands(scheme, x), packed, bias, scheme, epilogue, n, x.dtype)
 
 
 @kernel(
@@ -379,7 +424,8 @@ def cuda_w4a8(scheme, x, packed, bias, epilogue):
     needs=[*COMMON, ANY_FLOAT, *UNZEROED],
     epilogues=FINISHES,
     faults=[{"dtype": torch.float64}, {"k": 131072}, {"k": 40}],
+    quantizes=quantizes,
 )
 def cuda_w8a8(scheme, x, packed, bias, epilogue):
-    q, n = scheme.input.quantize(x), packed[0].shape[0]
-    return _linear(q.codes, q.scale, None, packed, bias, scheme, epilogue, n, x.dtype)
+    n = packed[0].shape[0]
+    return _linear(*_operands(scheme, x), packed, bias, scheme, epilogue, n, x.dtype)

@@ -71,8 +71,9 @@ class Kernel:
     """One way to compute a quantized linear.
 
     ``epilogues`` names those of ``ops.ACTIVATIONS`` and ``ops.GATES`` that the kernel applies itself;
-    others follow it as ordinary nodes. ``faults`` are problems that ``needs`` must refuse: a test
-    runs them.
+    others follow it as ordinary nodes. ``quantizes``: whether the kernel quantizes the activations of a
+    problem itself, so that nothing does before it. ``faults`` are problems that ``needs`` must refuse: a
+    test runs them.
     """
 
     name: str
@@ -83,6 +84,7 @@ class Kernel:
     cost: Callable[[Problem], sympy.Expr]
     needs: tuple[Need, ...] = ()
     epilogues: frozenset[str] = field(default_factory=frozenset)
+    quantizes: Callable[[Problem], bool] = lambda problem: False
     faults: tuple[dict[str, object], ...] = ()
 
     def refusal(self, problem: Problem) -> str | None:
@@ -109,6 +111,7 @@ def kernel(
     cost: Callable[[Problem], sympy.Expr],
     needs: Sequence[Need] = (),
     epilogues: Sequence[str] = (),
+    quantizes: Callable[[Problem], bool] = lambda problem: False,
     faults: Sequence[dict[str, object]] = (),
 ) -> Callable[[Compute], Compute]:
     """Declare the decorated ``compute`` function as a kernel under its own name."""
@@ -124,6 +127,7 @@ def kernel(
             cost=cost,
             needs=tuple(needs),
             epilogues=frozenset(epilogues),
+            quantizes=quantizes,
             faults=tuple(faults),
         )
         LAYOUTS[layout.name] = layout

@@ -102,8 +102,9 @@ def _lower_one(
             packed[key] = [
                 emit(graph, node, operator.getitem, bundle, i) for i in range(len(value(bundle)))
             ]
-        source, gate = gate_of(a.x) if gated else (a.x, "")  # type: ignore[misc]
-        rows, codes = _codes(graph, node, problem, a, source, gate)
+        own = a.x_scale is None and choice.at(problem.m or 0).quantizes(problem)
+        source, gate = gate_of(a.x) if gated and not own else (a.x, "")  # type: ignore[misc]
+        rows, codes = _codes(graph, node, problem, a, source, gate, own)
         args = (rows, codes, packed[key], bias, a.epilogue)
         result = _call(gm, node, choice, problem, bodies, *args)
         shape = [*_sizes(graph, node, source), outputs(problem.n, a.epilogue)]
@@ -166,7 +167,7 @@ def _call(
     kernel = choice.at(problem.m or 0)
 
     def compute(x: torch.Tensor, *rest: torch.Tensor) -> torch.Tensor:
-        row = prequantized(problem.scheme, rest[: len(codes)])
+        row = prequantized(problem.scheme, rest[: len(codes)]) if codes else problem.scheme
         weights, biases = rest[len(codes) :][: len(packed)], rest[len(codes) + len(packed) :]
         bias = biases[0] if biases else None
         x = shaped_like(x, problem.dtype) if coded else x
@@ -190,13 +191,14 @@ def _codes(
     a: LinearArguments,
     source: fx.Node,
     gate: str,
+    own: bool,
 ) -> tuple[fx.Node, list[fx.Node]]:
     """The rows of ``a.x``, and they quantized, which ``expand`` writes out for Inductor; nothing where they
-    stay float. What ``gate`` makes of ``source`` is quantized as it is made: the codes stand for the rows, as
+    stay float or are quantized by the kernel (``own``). What ``gate`` makes of ``source`` is quantized as it is made: the codes stand for the rows, as
     they do for those of a static input, whose one scale stands for that of every row."""
     width = 2 * problem.k if gate else problem.k
     rows = emit(graph, node, aten.reshape.default, source, [-1, width])
-    if problem.scheme.input is None:
+    if problem.scheme.input is None or own:
         return rows, []
     if a.x_scale is not None:
         shape = [*_sizes(graph, node, rows), 1]

@@ -6,8 +6,9 @@
 //   TOKENS of a block of threads (1, or a multiple of 8), ROW_TILES of a warp, WARPS_N, WARPS_K,
 //   STEP (k of a pipeline stage), STAGES; WARPGROUP: four warps multiply together (wgmma);
 //   BLOCKS of threads that a multiprocessor should hold; SPLITS; FIXED: the one row of activations is
-//   made fixed-point numbers (fixed.cuh), all of it before the first product;
-//   Y_TYPE, BIAS_TYPE: 0 none, 1 bfloat16, 2 float16, 3 float32; ACTIVATION: 0 none, 1 relu,
+//   made fixed-point numbers (fixed.cuh), all of it before the first product; X_TYPE: so it is codes
+//   (quantize.cuh), of what has this type (0: activations come as codes);
+//   X_TYPE, Y_TYPE, BIAS_TYPE: 0 none, 1 bfloat16, 2 float16, 3 float32; ACTIVATION: 0 none, 1 relu,
 //   2 gelu, 3 gelu_tanh, 4 silu; GATED: the activation of the first half of the channels times the
 //   second half is the result.
 
@@ -43,7 +44,8 @@ constexpr int UNIT_BYTES = UNIT / 32 * BLOCK_BYTES + QPARAM_BYTES;
 // that ldmatrix reads meet different banks. wgmma reads rows of 128 bytes, swizzled.
 constexpr int X_ROW = STEP * X_BITS / 8;
 constexpr int STRIDE = X_ROW + 16;
-constexpr int X_BYTES = FIXED ? 0 : WARPGROUP ? TOKENS * X_ROW : TOKENS * STRIDE;
+constexpr bool MADE = FIXED || X_TYPE != 0;  // by each block for itself, beside the stages
+constexpr int X_BYTES = MADE ? 0 : WARPGROUP ? TOKENS * X_ROW : TOKENS * STRIDE;
 
 // 8-bit products need no unpacking: their weight stays as it is, [n, k], which other kernels share,
 // and is read as the activations are.

@@ -93,14 +93,30 @@ extern "C" __global__ void __cluster_dims__(1, 1, SPLITS) __launch_bounds__(THRE
     commit();
   }
   wait_for_previous_kernel();
-  const u32 fixed = shared_address(memory) + SHARED_BYTES;
-  if constexpr (FIXED) {
+  Arguments done = p;
+  const u32 made = shared_address(memory) + SHARED_BYTES + ROW_CODES;
+  if constexpr (MADE) {
+    const char* x = p.x + static_cast<u64>(first_token) * p.ldx;
+    Row row;
+    if constexpr (X_TYPE != 0) {
+      u32* beside = reinterpret_cast<u32*>(memory + SHARED_BYTES);
+      row = row_of(x, p.k, beside);
+      beside += ROW_SCALE / 4;
+      if (threadIdx.x == 0) beside[0] = __float_as_uint(row.scale), beside[1] = row.zero;
+      done.x_scale = reinterpret_cast<float*>(beside) - first_token;
+      done.x_zero = reinterpret_cast<int*>(beside) + 1 - first_token;
+    }
     // of the steps that this block takes: WARPS_K of every PARTS_K
-    const u16* x = reinterpret_cast<const u16*>(p.x + static_cast<u64>(first_token) * p.ldx);
-    const int all = (steps + PARTS_K - 1) / PARTS_K * WARPS_K * (STEP / 8);
+    constexpr int EACH = STEP / LOADED;
+    const int all = (steps + PARTS_K - 1) / PARTS_K * WARPS_K * EACH;
     for (int item = threadIdx.x; item - lane < all; item += THREADS) {
-      const int mine = item / (STEP / 8), step = (mine / WARPS_K * SPLITS + blockIdx.z) * WARPS_K + mine % WARPS_K;
-      fix(x, min(step, steps - 1) * STEP + item % (STEP / 8) / 4 * 32, fixed + mine * FIXED_BYTES, item, item < all);
+      const int mine = item / EACH, step = (mine / WARPS_K * SPLITS + blockIdx.z) * WARPS_K + mine % WARPS_K;
+      const int k = min(step, steps - 1) * STEP, in_step = item % EACH;
+      const u32 to = made + mine * MADE_BYTES;
+      if constexpr (FIXED)
+        fix(reinterpret_cast<const u16*>(x), k + in_step / 4 * 32, to, item, item < all);
+      else if (item < all)
+        store_codes(x, k + in_step * LOADED, row, to + in_step * LOADED);
     }
     __syncthreads();
   } else {
@@ -112,20 +128,21 @@ extern "C" __global__ void __cluster_dims__(1, 1, SPLITS) __launch_bounds__(THRE
   Sums sums = {};
   for (int i = 0; i < my_steps; ++i) {
     wait_for_oldest();
-    if (FIXED)
+    if (MADE)
       __syncwarp();  // its weights are its own
     else
       group_barrier(group);  // and everybody is done with the stage that is filled next
     if (i + AHEAD < my_steps) {
       fetch_weights(i + AHEAD);
-      if (!FIXED) fetch_x(i + AHEAD, true);
+      if (!MADE) fetch_x(i + AHEAD, true);
     }
     commit();
     const u32 stage = ring + i % STAGES * STAGE_BYTES, weights = stage + X_BYTES + warp_n * W_BYTES;
+    const u32 x = MADE ? made + (i * WARPS_K + group) * MADE_BYTES : stage;
     if constexpr (FIXED)
-      multiply_fixed(weights, fixed + (i * WARPS_K + group) * FIXED_BYTES, lane, p.base, sums);
+      multiply_fixed(weights, x, lane, p.base, sums);
     else
-      multiply(weights, stage, lane, p.base, sums);
+      multiply(weights, x, lane, p.base, sums);
   }
 
 #if WARPGROUP
@@ -165,7 +182,7 @@ extern "C" __global__ void __cluster_dims__(1, 1, SPLITS) __launch_bounds__(THRE
       }
       return static_cast<float>(sum);
     };
-    const float y = result_at(p, total, m, n, at % OUTPUTS);
+    const float y = result_at(done, total, m, n, at % OUTPUTS);
     const u64 to = static_cast<u64>(m) * outputs + n;
     if (Y_TYPE == 3)
       static_cast<float*>(p.y)[to] = y;
