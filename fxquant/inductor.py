@@ -279,7 +279,7 @@ FUSED = "_post_fusion_custom_pass"
 
 
 class _Waiting(TritonKernel):
-    """Waits for the kernel ahead before anything else, then lets the next one begin (and fetch weights).
+    """Lets the next kernel begin (and fetch weights), and waits for the one ahead before anything else.
     Inductor's own lets it after the last load: at the end, if a row is read twice."""
 
     def _handle_pdl_before_access(self, *args, **kwargs):
@@ -290,7 +290,7 @@ class _Waiting(TritonKernel):
 
     def _filter_pdl(self, code):
         if self._enable_pdl_codegen():
-            code._lines[:0] = [self.GDC_WAIT, self.GDC_LAUNCH]
+            code._lines[:0] = [self.GDC_LAUNCH, self.GDC_WAIT]
 
 
 class _Overlap(_SchedulerPass):

@@ -218,6 +218,10 @@ class Reading:
     bfloat16: float
 
 
+Run = Callable[[Sequence[torch.Tensor]], torch.Tensor]
+"""A linear on a packed weight."""
+
+
 class _Subject:
     """One weight, packed and repeated past the cache, and its activations."""
 
@@ -244,25 +248,28 @@ class _Subject:
         return [n for n in names if n != FALLBACK] or names
 
     def read(self, rows: int, emit: Callable[[Reading], None]) -> None:
-        """All that can serve this many rows, and bfloat16, in turns. Activations are quantized beforehand, but
-        where a kernel does it itself."""
+        """All that can serve this many rows, and bfloat16, in turns. Activations are quantized beforehand; if
+        one kernel does that itself, the others' times have it too."""
         x = torch.randn(rows, self.k, device=self.device, dtype=torch.bfloat16)
         with torch.no_grad():
             names, at = self.kernels(rows), replace(self.problem, m=rows)
             own = [name for name in names if KERNELS[name].quantizes(at)]
             runs = [run for name in names for run in self.runs(name, rows, x)]
+            runs = [
+                (
+                    name,
+                    cut,
+                    partial(self.after_quantization, x, run) if own and name not in own else run,
+                )
+                for name, cut, run in runs
+            ]
             calls = [[partial(run, packed) for packed in self.packs] for _, _, run in runs]
-            for calls_of, (name, *_) in zip(calls, runs, strict=True):
-                if own and name not in own:  # they are compared with what quantizes, too
-                    calls_of[:] = [partial(self.after_quantization, x, call) for call in calls_of]
             floats = [partial(F.linear, x, w) for (w,) in self.float]
             *times, base = alternating([*calls, floats], span=1e-3, rounds=7)
         for (name, shape, _), took in zip(runs, times, strict=True):
             emit(Reading(self.scheme.name, self.n, self.k, rows, name, shape, took, base))
 
-    def runs(
-        self, name: str, rows: int, x: torch.Tensor
-    ) -> list[tuple[str, Any, Callable[[Sequence[torch.Tensor]], torch.Tensor]]]:
+    def runs(self, name: str, rows: int, x: torch.Tensor) -> list[tuple[str, Any, Run]]:
         """(kernel, its cut or None, what runs it on a packed weight), built."""
         cutter = CUTTERS.get(name)
         if cutter is None:
@@ -272,10 +279,10 @@ class _Subject:
         build(cutter, self.scheme, shapes, self.device)
         return [(name, shape, partial(self.cut, cutter, shape, *operands)) for shape in shapes]
 
-    def after_quantization(self, x: torch.Tensor, call: Callable[[], object]) -> None:
-        """A call on codes that were made before, and what making them takes."""
+    def after_quantization(self, x: torch.Tensor, run: Run, packed: Sequence[torch.Tensor]):
+        """A run on codes that were made before, and what making them takes."""
         torch.ops.fxquant.quantize_rows(x, self.scheme.name)
-        call()
+        return run(packed)
 
     def cut(self, cutter, shape, x, scale, zero, packed) -> torch.Tensor:
         return cutter.run(

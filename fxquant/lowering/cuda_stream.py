@@ -48,7 +48,7 @@ SIGNS = 0x80808080
 """Turned over in nibbles from 0 to 15, those become signed, in the high halves of bytes."""
 
 BESIDE_CODES = 512
-"""Bytes beside the codes that a block makes of its row: its scale and zero point, and what they are found in."""
+"""Bytes beside the codes that a block makes of its row: scale and zero point, and what they are found in."""
 
 BUSY = 0.6
 """The part of the multiprocessors that must have a block: with fewer the cut of another layer is changed
@@ -128,7 +128,11 @@ class Shape(NamedTuple):
         """Whether the kernel can be cut like this."""
         fits = k % self.step == 0 and self.step % form.unit == 0 and self.threads <= 1024
         forms = (form, form._replace(x_type=1)) if self.one_row and form.x_bits == 8 else (form,)
-        fits = fits and all(room(self.shared(f) + self.activations(f, k), self.blocks) for f in forms)
+        fits = fits and all(
+            room(self.shared(f) + self.activations(f, k), self.blocks) for f in forms
+        )
+        if form.x_type:
+            fits = fits and self.one_row
         if self.fixed:
             fits = fits and self.one_row and (form.bits, form.x_bits) == (4, 16) and form.chunk > 0
         return fits and (self.fits_wgmma(form) if self.warpgroup else self.stages >= 2)

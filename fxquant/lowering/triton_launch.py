@@ -92,12 +92,11 @@ def store(
 
 @jit
 def wait_for_previous_kernel(OVERLAP: tl.constexpr):
-    """Programmatic dependent launch, as in ``cuda/ptx.cuh``: reads come after this, and the next kernel may
-    begin what needs nothing of this one (fetch its weights). In this order: a kernel that runs finds all
-    but the one ahead of it at an end, which is what Inductor's own builds on."""
+    """Programmatic dependent launch, as in ``cuda/ptx.cuh``: the next kernel may begin what needs nothing of
+    this one (fetch its weights), and reads come after this."""
     if OVERLAP:
-        tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
 
 
 def overlap(x: torch.Tensor) -> dict[str, bool]:

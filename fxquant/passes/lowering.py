@@ -194,8 +194,9 @@ def _codes(
     own: bool,
 ) -> tuple[fx.Node, list[fx.Node]]:
     """The rows of ``a.x``, and they quantized, which ``expand`` writes out for Inductor; nothing where they
-    stay float or are quantized by the kernel (``own``). What ``gate`` makes of ``source`` is quantized as it is made: the codes stand for the rows, as
-    they do for those of a static input, whose one scale stands for that of every row."""
+    stay float or the kernel quantizes them (``own``). What ``gate`` makes of ``source`` is quantized as it is
+    made: the codes stand for the rows, as they do for those of a static input, whose one scale stands for
+    that of every row."""
     width = 2 * problem.k if gate else problem.k
     rows = emit(graph, node, aten.reshape.default, source, [-1, width])
     if problem.scheme.input is None or own:

@@ -179,8 +179,14 @@ def test_every_form_compiles_for_hopper(scheme, gated):
         text = cuda_stream.source(form, shape, False)
         assert nvrtc.compile_source(text, dict(constants), "sm_90a")[:4] == b"\x7fELF"
     if get_scheme(scheme).input is not None:
-        for dtype in (torch.bfloat16, torch.float16, torch.float32):  # one row, quantized by the kernel
-            constants = dict(cuda_stream.defines(cuda_stream.taking(form, dtype), shapes[0], **more))
+        for dtype in (
+            torch.bfloat16,
+            torch.float16,
+            torch.float32,
+        ):  # one row, quantized by the kernel
+            constants = dict(
+                cuda_stream.defines(cuda_stream.taking(form, dtype), shapes[0], **more)
+            )
             assert constants["X_TYPE"] > 0
             text = cuda_stream.source(form, shapes[0], False)
             assert nvrtc.compile_source(text, constants, "sm_90a")[:4] == b"\x7fELF"

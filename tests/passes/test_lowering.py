@@ -13,7 +13,7 @@ from fxquant.graph import layers, stage, value
 from fxquant.lowering import select
 from fxquant.lowering.kernel import KERNELS, LAYOUTS, Device, Kernel, Layout, M
 from fxquant.passes import lowering
-from fxquant.scheme import Quantized
+from fxquant.scheme import Quantized, QuantSpec
 
 from ..conftest import MLP, Block, sqnr
 from .helpers import Call, assert_provenance, calls, count, ops, through, trace
@@ -141,6 +141,47 @@ def test_the_number_of_rows_decides_and_the_layout_stays(own_kernel):
         assert torch.equal(gm(x), wanted)
         (node,) = gm.graph.find_nodes(op="call_module")
         assert "'flipped'" in getattr(gm, node.target).recipe.code
+
+
+@torch.no_grad()
+def test_a_kernel_may_quantize_one_row_itself(bare, monkeypatch):
+    """It then gets the row as it is, what a gate makes of it too; more rows are quantized before it."""
+    seen = []
+
+    def alone(scheme, x, packed, bias, epilogue):
+        own = isinstance(scheme.input, QuantSpec)
+        seen.append((own, x.dtype))
+        x = scheme.input.dequantize(scheme.input.quantize(x), torch.float32)
+        return flipped(scheme, x, packed, bias, epilogue)
+
+    kernel = Kernel(
+        name="alone",
+        families=frozenset(["w8a8"]),
+        device="none",
+        layout=FLIPPED,
+        compute=alone,
+        cost=launches(0.0, 0.0),
+        quantizes=lambda p: p.m == 1,
+    )
+    monkeypatch.setitem(KERNELS, "alone", kernel)
+    monkeypatch.setitem(LAYOUTS, "flipped", FLIPPED)
+
+    def product(m, x):
+        return F.linear(F.silu(F.linear(x, m.w)) * F.linear(x, m.other), m.v)
+
+    model = Call(product)
+    model.v = torch.nn.Parameter(torch.randn(24, 32))
+    for rows in (1, 2):
+        seen.clear()
+        x = torch.randn(rows, 64)
+        gm = trace(model, x, to="fused", scheme="int8dq")
+        wanted = gm(x)
+        through(gm, passes.merge, passes.gate, passes.lower(), passes.verify)
+        assert {layer.kernel for layer in layers(gm).values()} == {"alone"}
+        gates = [n.args[3:] for n in calls(gm, ops.quantize.default)]
+        assert gates == ([] if rows == 1 else [(), ("silu_mul",)])
+        assert set(seen) == {(rows == 1, torch.float32)}
+        torch.testing.assert_close(gm(x), wanted)
 
 
 @torch.no_grad()

@@ -71,15 +71,15 @@ needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="needs Triton to genera
 
 
 @needs_triton
-def test_a_kernel_waits_first_and_then_lets_the_next_one_begin(monkeypatch):
+def test_a_kernel_lets_the_next_one_begin_and_waits_before_anything_else(monkeypatch):
     kernels = sources(monkeypatch)
     assert any(re.search(r"for r0_offset in", k) for k in kernels), "one of them has a loop"
     assert any("load_seed_offset" in k for k in kernels) and len(kernels) >= 5
     for source in kernels:
         lines = [line.strip() for line in source.splitlines()]
         assert (lines.count(WAIT), lines.count(LAUNCH)) == (1, 1)
-        at = lines.index(WAIT)
-        assert lines[at + 1] == LAUNCH
+        at = lines.index(LAUNCH)
+        assert lines[at + 1] == WAIT
         body = next(i for i, line in enumerate(lines) if line.startswith("def ")) + 1
         assert all(re.fullmatch(r"\w+(: tl.constexpr)? = \w+", line) for line in lines[body:at])
     assert TritonScheduling.kernel_type is TritonKernel, "in that graph alone"

@@ -26,10 +26,11 @@ __device__ __forceinline__ void wait_for_oldest() {
   if (WARPGROUP) asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
-// The previous kernel of the stream may still run until here; nothing it writes is read before.
+// The previous kernel of the stream may still run until here; nothing it writes is read before. The next one may begin
+// before this one has waited: it waits for this one's end, which comes after the previous one's.
 __device__ __forceinline__ void wait_for_previous_kernel() {
-  asm volatile("griddepcontrol.wait;" ::: "memory");
   asm volatile("griddepcontrol.launch_dependents;");
+  asm volatile("griddepcontrol.wait;" ::: "memory");
 }
 
 __device__ __forceinline__ void group_barrier(int group) {
