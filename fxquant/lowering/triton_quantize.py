@@ -153,9 +153,9 @@ def warps_for(rows: int, values: int, units: int) -> int:
     """Of a program that holds ``values``. Where every multiprocessor has a row, several programs of few warps
     hide what one waits for. (2048 rows on an H200, 4 to 32 warps: of 4096 values 9.1, 10.1, 13.1 and 20.8 us;
     of 14336, held as 16384, 35.1, 30.3, 34.6 and 36.7.)"""
-    if rows < units:
-        return min(max(values // 512, 4), 32)
-    return 4 if values <= 4096 else min(max(values // 2048, 8), 32)
+    many = 4 if values <= 4096 else max(values // 2048, 8)
+    wanted = max(values // 512, 4) if rows < units else many
+    return min(1 << (wanted - 1).bit_length(), 32)  # a power of two, which values in two parts are not
 
 
 def _fake(

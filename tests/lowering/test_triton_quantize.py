@@ -59,6 +59,16 @@ def test_equals_the_reference(scheme, shape, dtype):
         assert found[0].shape == shape
 
 
+@pytest.mark.parametrize("gated", [1, 2])
+@pytest.mark.parametrize("rows", [1, 16, 2048])
+def test_a_program_has_as_many_warps_as_triton_takes(rows, gated):
+    """A power of two, for every row: those of 2560, 5120, 11008 and 13824 values are held in two parts."""
+    for k in range(8, triton_quantize.WIDEST + 1, 8):
+        values = gated * sum(triton_quantize.parts_of(k))
+        warps = triton_quantize.warps_for(rows, values, 132)
+        assert 4 <= warps <= 32 and warps & (warps - 1) == 0, (k, warps)
+
+
 @pytest.mark.parametrize("gate", ["silu_mul", "gelu_mul", "gelu_tanh_mul", "relu_mul"])
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
