@@ -6,6 +6,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from itertools import cycle, islice
 
 import torch
 
@@ -70,19 +71,20 @@ def alternating(
             return begin.elapsed_time(end) * 1e-3
 
         def captured(calls: Sequence[Callable[[], object]]) -> Callable[[], float]:
-            calls[0]()
-            stream.synchronize()
-            times = max(1, min(int(span / max(timed(calls[-1]), 2e-6)), 64))
-            calls = calls[: max(times, 2)]
-            repeat = max(1, times // len(calls))
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool, stream):
-                for _ in range(repeat):
-                    for call in calls:
-                        call()
+                for call in calls:
+                    call()
             timed(graph.replay)
-            return lambda: timed(graph.replay) / (repeat * len(calls))
+            return lambda: timed(graph.replay) / len(calls)
 
-        graphs = [captured(calls) for calls in runs]
+        def lasting(calls: Sequence[Callable[[], object]]) -> Callable[[], float]:
+            """A graph so long that its launch, some microseconds, does not count."""
+            calls[0]()
+            stream.synchronize()
+            times = max(2, min(int(span / captured(calls[:2])()), 1024))
+            return captured(list(islice(cycle(calls), times)))
+
+        graphs = [lasting(calls) for calls in runs]
         readings = [[graph() for graph in graphs] for _ in range(rounds)]
     return [statistics.median(of_one) for of_one in zip(*readings, strict=True)]
