@@ -29,7 +29,7 @@ from .cuda_stream import (
 from .cuda_wgmma import warpgroup_product
 from .dequantize import LAYOUT as ROW_MAJOR
 from .devices import device_row
-from .hopper import CLUSTERED
+from .hopper import places, spread
 from .kernel import Problem, activations_in, kernel, multiple_of
 from .triton_launch import estimate, input_is
 
@@ -62,9 +62,8 @@ def compiled(
     """The kernel for these types, built unless the cache has it."""
     text = source(form, cut, x == torch.float16)
     return compile_linear(
-        text, "pipeline_linear", form, cut.shape, x, y, bias, epilogue, device,
-        threads=cut.threads, shared=cut.shared(form),
-    )  # fmt: skip
+        text, "pipeline_linear", form, cut.shape, x, y, bias, epilogue, device, threads=cut.threads
+    )
 
 
 @lru_cache(maxsize=1 << 14)  # one for each weight of a large model
@@ -94,8 +93,7 @@ def tensor_map(address: int, rows: int, row_bytes: int, box_rows: int) -> bytes:
 
 def blocks_of(cut: Cut, tiles: int, units: int) -> int:
     """Blocks for that many tiles on that many multiprocessors: whole clusters, as many as find places."""
-    places = min(units, CLUSTERED[cut.splits]) if cut.splits > 1 else units
-    return min(tiles, max(places * cut.blocks // cut.splits, 1)) * cut.splits
+    return min(tiles, max(places(cut.splits, units) * cut.blocks // cut.splits, 1)) * cut.splits
 
 
 def run(
@@ -125,9 +123,10 @@ def run(
     addresses = (0 if t is None else t.data_ptr() for t in pointers)
     arguments = maps + struct.pack("<7Q3i", *addresses, m, n, k)
     arguments += bytes(-len(arguments) % 64)  # the maps align the whole
-    grid = blocks_of(cut, cut.tiles(n, m), device_row(x.device).units)
+    units = device_row(x.device).units
+    grid = blocks_of(cut, cut.tiles(n, m), units)
     with torch.cuda.device(device):
-        call.launch((grid, 1, 1), arguments)
+        call.launch((grid, 1, 1), arguments, spread(cut.shared(form), grid, cut.splits, units))
     return y
 
 

@@ -47,7 +47,7 @@ def dequantize_tiles(
         activation=0,
     )
     text, device = text_of(*SOURCES), out.device.index
-    call = nvrtc.function(text, "stream_dequantize", constants, THREADS, 0, device, False)
+    call = nvrtc.function(text, "stream_dequantize", constants, THREADS, device, False)
     tiles = -(-out.shape[0] // TILE)
     pointers = (t.data_ptr() for t in (stream, per_row, out))
     arguments = struct.pack("<3Q4i", *pointers, n, k, first, tiles)

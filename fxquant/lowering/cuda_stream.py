@@ -6,6 +6,7 @@ bytes.
 
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import Callable, Sequence
 from functools import lru_cache
@@ -23,7 +24,7 @@ from .cuda_needs import ANY_FLOAT, COMMON, HALF, UNZEROED, grouped
 from .cuda_wgmma import warpgroup_product
 from .dequantize import LAYOUT as ROW_MAJOR
 from .devices import device_row
-from .hopper import room, taken
+from .hopper import room, spread, taken
 from .kernel import Problem, kernel
 from .triton_launch import (
     EPILOGUES,
@@ -224,8 +225,6 @@ def compile_linear(
     device: int,
     *,
     threads: int,
-    shared: int,
-    grows: bool = False,
 ) -> nvrtc.Function:
     """The kernel ``entry`` of ``text`` for one form, one cut and these types."""
     constants = defines(
@@ -237,7 +236,7 @@ def compile_linear(
         activation=ACTIVATION[GATES.get(epilogue, epilogue)],
         gated=epilogue in GATES,
     )
-    return nvrtc.function(text, entry, constants, threads, shared, device, True, grows)
+    return nvrtc.function(text, entry, constants, threads, device, True)
 
 
 @lru_cache(maxsize=4096)
@@ -253,10 +252,7 @@ def compiled(
     """The kernel for these types, built unless the cache has it."""
     text = source(form, shape, x == torch.float16)
     types = (x, y, bias, epilogue, device)
-    return compile_linear(
-        text, "stream_linear", form, shape, *types,
-        threads=shape.threads, shared=shape.shared(form), grows=shape.makes(form),
-    )  # fmt: skip
+    return compile_linear(text, "stream_linear", form, shape, *types, threads=shape.threads)
 
 
 def run(
@@ -285,8 +281,10 @@ def run(
     base = SIGNS if shape.fixed else BASE.get(x.dtype, 0)
     arguments = struct.pack("<8Q4iIi", *addresses, m, n, k, k * x.element_size(), base, 0)
     grid = (-(-n // shape.rows), -(-m // shape.tokens), shape.splits)
+    shared = shape.shared(form) + shape.activations(form, k)
+    shared = spread(shared, math.prod(grid), shape.splits, device_row(x.device).units)
     with torch.cuda.device(x.device):
-        call.launch(grid, arguments, shape.activations(form, k))
+        call.launch(grid, arguments, shared)
     return y
 
 

@@ -82,12 +82,10 @@ class Function:
 
     handle: Any
     threads: int
-    shared: int
     overlap: bool
 
-    def launch(self, grid: tuple[int, int, int], arguments: bytes, more: int = 0) -> None:
-        """Launch on torch's current stream with one struct as the argument. more: bytes of shared memory
-        beside its own.
+    def launch(self, grid: tuple[int, int, int], arguments: bytes, shared: int = 0) -> None:
+        """Launch on torch's current stream with one struct as the argument. shared: bytes of shared memory.
 
         With ``overlap`` the kernel may start before its predecessor has ended (programmatic
         dependent launch); it waits inside.
@@ -96,7 +94,7 @@ class Function:
         config = driver.CUlaunchConfig()
         config.gridDimX, config.gridDimY, config.gridDimZ = grid
         config.blockDimX, config.blockDimY, config.blockDimZ = self.threads, 1, 1
-        config.sharedMemBytes = self.shared + more
+        config.sharedMemBytes = shared
         config.hStream = torch.cuda.current_stream().cuda_stream
         if self.overlap:
             config.attrs = [_overlap()]
@@ -132,15 +130,12 @@ def function(
     entry: str,
     defines: tuple[tuple[str, int], ...],
     threads: int,
-    shared: int,
     device: int,
     overlap: bool,
-    grows: bool = False,
 ) -> Function:
     """The kernel ``entry`` of the source ``text`` with these constants, on the device of that index.
 
-    overlap: the kernel waits for its predecessor by itself (``griddepcontrol.wait``). grows: launches may
-    take more shared memory.
+    overlap: the kernel waits for its predecessor by itself (``griddepcontrol.wait``).
     """
     driver, _ = bindings()
     major, minor = torch.cuda.get_device_capability(device)
@@ -149,7 +144,7 @@ def function(
     library = checked(driver.cuLibraryLoadData(binary, [], [], 0, [], [], 0), "load")
     kernel = checked(driver.cuLibraryGetKernel(library, entry.encode()), entry)
     attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-    most = _most_shared(device) if grows else shared
+    most = _most_shared(device)
     checked(driver.cuKernelSetAttribute(attribute, most, kernel, device), "shared memory")
     handle = driver.CUfunction(int(kernel))
-    return Function(handle, threads, shared, overlap=overlap and major >= 9)
+    return Function(handle, threads, overlap=overlap and major >= 9)
