@@ -4,8 +4,8 @@
         [--shapes 28672x4096,4096x4096] [--rows 1,16] [--sanitize]
 
 For each scheme, shape (n x k) and number of rows: the kernel that fxquant chooses (measured tables
-included), its activations quantized by that kernel (one row) or by one of its own before the product (of few
-rows what Inductor makes of that step; in a model it is fused with the norm before it). bfloat16 ``F.linear``
+included), its activations quantized by that kernel (one row) or by one of its own before the product (in a
+model few rows are quantized with the norm before them, where there is one). bfloat16 ``F.linear``
 and torch's own quantized products run in the same process.
 Times are medians of CUDA-graph replays over copies of the weight that together exceed the L2 cache,
 a scheme's and bfloat16's in turns.
@@ -31,7 +31,7 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,13 +42,11 @@ from kernels_report import Reading, defects, page, short
 from llama_report import machine, rounded
 
 from fxquant import tuner
-from fxquant.inductor import overlapping
-from fxquant.lifting import sources_hash
 from fxquant.lowering.devices import device_row
 from fxquant.lowering.dispatch import prequantized, run_kernel
 from fxquant.lowering.kernel import KERNELS, Kernel, Layout, Problem
 from fxquant.lowering.select import select
-from fxquant.lowering.triton_quantize import are_many, is_served
+from fxquant.lowering.triton_quantize import is_served
 from fxquant.lowering.triton_widen import widen
 from fxquant.measure import alternating, copies, replayed
 from fxquant.scheme import SCHEMES, Quantized, QuantSpec, Scheme, get_scheme
@@ -70,32 +68,25 @@ PEER_SHAPES = SHAPES[:4]
 
 CHECKED_ROWS, CHECKED_COLUMNS = 64, 2048
 BACKEND = "inductor"
-OVERLAPPING = {"options": overlapping({}, sources_hash())} if torch.cuda.is_available() else {}
 
 
-@cache
 def quantization(
     scheme: Scheme, widened: bool = False
 ) -> Callable[[torch.Tensor], list[torch.Tensor]]:
-    """x -> (codes, scale[, zero]), or widened (codes less the zero point, scale), as a graph has it: few rows
-    as Inductor compiles them, once for each k and one or more rows, overlapping with the product; many by a
-    kernel of their own."""
+    """x -> (codes, scale[, zero]), or widened (codes less the zero point, scale), as a graph has it whose
+    input is ``x``: by a kernel of its own, where there is one."""
     spec = scheme.input
     assert spec is not None
 
     def quantize(x: torch.Tensor) -> list[torch.Tensor]:
-        q = spec.quantize(x)
-        return [widen(q.codes, q.zero), q.scale] if widened else [t for t in q if t is not None]
+        if is_served(x, spec):
+            found = torch.ops.fxquant.quantize_rows(x, scheme.name, "", widened)
+        else:
+            q = spec.quantize(x)
+            found = [widen(q.codes, q.zero), q.scale] if widened else q
+        return [any_number(t) for t in found if t is not None]
 
-    settings: dict[str, Any] = {"dynamic": False, "fullgraph": True, "backend": BACKEND}
-    few = torch.compile(quantize, **settings, **OVERLAPPING)
-
-    def either(x: torch.Tensor) -> list[torch.Tensor]:
-        own = is_served(x, spec) and are_many(x)
-        codes = torch.ops.fxquant.quantize_rows(x, scheme.name, "", widened) if own else few(x)
-        return [any_number(t) for t in codes]
-
-    return either
+    return quantize
 
 
 def activations(rows: int, k: int, device: torch.device) -> torch.Tensor:

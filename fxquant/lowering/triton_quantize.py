@@ -2,8 +2,9 @@
 
 What Inductor makes of ``fxquant.quantize`` is fused with the norm before it, which for few rows is
 worth more than this. Of many rows it reads each three times, and took 100 us for 2048 x 14336 on an
-H200 and 20 for 2048 x 4096, where the bytes alone take 21 and 6. Of one long row behind another
-kernel, with nothing to fuse, it makes three kernels.
+H200 and 20 for 2048 x 4096, where the bytes alone take 21 and 6. With nothing to fuse, behind another
+kernel or at the beginning of a graph, it takes 1 to 2 us more of few rows of 4096 values and 5 to 10 of
+14336.
 """
 
 from __future__ import annotations

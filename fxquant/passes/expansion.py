@@ -85,13 +85,15 @@ def _has_kernel(node: fx.Node) -> bool:
     x, scheme, role, gate = _arguments(node)
     if role != "input" or not is_served(value(x), spec_of(scheme, role), gate):
         return False
-    return are_many(value(x), gate) or _follows_a_kernel(x)
+    return are_many(value(x), gate) or _stands_alone(x)
 
 
-def _follows_a_kernel(x: fx.Node) -> bool:
-    """Whether ``x`` is what a kernel has written that Inductor does not generate."""
+def _stands_alone(x: fx.Node) -> bool:
+    """Whether no kernel of Inductor's makes ``x``: it comes from outside, or from a kernel of another's."""
     while x.target in VIEWS:
         x = x.args[0]  # type: ignore[assignment]
+    if x.op == "placeholder":
+        return True
     ours = isinstance(x.target, torch._ops.OpOverload) and x.target.namespace == "fxquant"
     return ours or x.target in PRODUCTS
 

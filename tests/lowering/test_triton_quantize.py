@@ -176,8 +176,13 @@ def test_nothing_is_interpreted_on_the_cpu():
         (lambda y: torch.ops.fxquant.quantize(y, "fp8dq", "input")[1] * y, 2, 1 << 20, False),
         (torch.sin, 20, 1200, True),
         (torch.sin, 20, 1300, False),
+        (lambda y: y, 2, 1 << 20, True),
+        (lambda y: y.view(1, 2, 64).reshape(2, 64), 2, 1 << 20, True),
     ],
-    ids=["fused", "product", "views", "a slice", "activation", "scaled", "many", "not so many"],
+    ids=[
+        *("fused", "product", "views", "a slice", "activation", "scaled", "many", "not so many"),
+        *("from outside", "a view of that"),
+    ],
 )
 def test_inductor_gets_the_kernel_where_it_is_better(
     before, rows, least, own, anywhere, monkeypatch
