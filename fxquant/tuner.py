@@ -91,18 +91,17 @@ def stream_cuts(scheme: Scheme, n: int, k: int, rows: int) -> list[Shape]:
     """The ways to cut ``cuda_stream``'s blocks that are worth a measurement: none for many rows."""
     if rows > 256:
         return []
-    form = cuda_layout.format_of(scheme)
-    if rows <= 16:
-        tokens = [rows if rows == 1 else -(-rows // 8) * 8]
-        parts = dict.fromkeys([*(_FEW if rows == 1 else _SOME), *_even_waves(n)])
-    else:
-        tokens, parts = [min(-(-rows // 16) * 16, 128)], dict.fromkeys(_MANY)
-    if rows > 128:
-        tokens = [128, 256]
+    form, even = cuda_layout.format_of(scheme), _even_waves(n)
+    if rows > 16:
+        tokens = (128, 256) if rows > 128 else (min(-(-rows // 16) * 16, 128),)
+        parts = {count: _MANY for count in tokens}
+    elif rows > 1:
+        parts = {-(-rows // 8) * 8: [*_SOME, *even]}
+    else:  # eight tokens, for wgmma, where the kernel does not quantize them
+        parts = {1: [*_FEW, *even]} | ({8: _SOME} if form.x_bits == 16 else {})
+    pairs = [(count, part) for count in parts for part in dict.fromkeys(parts[count])]
     found = []
-    for count, (warps_n, warps_k, tiles, step, stages, group, blocks) in itertools.product(
-        tokens, parts
-    ):
+    for count, (warps_n, warps_k, tiles, step, stages, group, blocks) in pairs:
         registers = tiles * count / 2 * (2 if form.chunk and form.x_bits == 8 and group else 1)
         if registers > 128:
             continue

@@ -1,9 +1,14 @@
 // One stage of the pipeline: weights out of shared memory, unpacked in registers, times activations in shared
 // memory, onto the sums of a warp.
 
-// The address for ldmatrix of 8 tokens (or, in whole tiles, 16 channels) by 16-byte columns.
-__device__ __forceinline__ u32 token_address(int lane) {
-  return (TOKENS == 1 ? 0 : lane % 8 * STRIDE) + lane / 8 * 16;
+// Where the lanes' rows of 16 bytes are, for ldmatrix of 8 tokens from that piece of theirs on. One token is the
+// first column; the others, which nobody looks at, are other pieces of it, in banks of their own: eight rows at
+// one address are read one after the other.
+__device__ __forceinline__ u32 token_address(int lane, int piece) {
+  constexpr int PIECES = X_ROW / 16 < 8 ? X_ROW / 16 : 8;
+  static_assert(TOKENS > 1 || (PIECES & (PIECES - 1)) == 0, "other pieces of the same row");
+  if (TOKENS == 1) return ((piece + lane / 8) ^ (lane % 8 % PIECES)) * 16;
+  return lane % 8 * STRIDE + (piece + lane / 8) * 16;
 }
 
 #if X_BITS == 16
@@ -24,7 +29,7 @@ __device__ __forceinline__ void multiply_codes(u32 weights, u32 x, int lane, u32
       }
 #pragma unroll
       for (int j = 0; j < TOKEN_TILES; ++j) {
-        const u32 from = x + token_address(lane) + j * 8 * STRIDE + (chunk * (UNIT / 32) + block) * 64;
+        const u32 from = x + token_address(lane, (chunk * (UNIT / 32) + block) * 4) + j * 8 * STRIDE;
         const Words<4> b = load_matrices<4>(from);
 #pragma unroll
         for (int s = 0; s < 2; ++s) {
@@ -95,7 +100,7 @@ __device__ __forceinline__ void multiply(u32 weights, u32 x, int lane, u32 base,
     for (int r = 0; r < ROW_TILES; ++r) unpack(weights + r * STEP_BYTES, block, lane, q[r], a[r]);
 #pragma unroll
     for (int j = 0; j < TOKEN_TILES; ++j) {
-      const Words<4> b = load_matrices<4>(x + token_address(lane) + j * 8 * STRIDE + block * 64);
+      const Words<4> b = load_matrices<4>(x + token_address(lane, block * 4) + j * 8 * STRIDE);
 #pragma unroll
       for (int r = 0; r < ROW_TILES; ++r) {
         product16(sums[r][j], a[r][0], b.w[0], b.w[1]);
@@ -136,7 +141,7 @@ __device__ __forceinline__ void multiply(u32 weights, u32 x, int lane, u32 base,
 #else
 #pragma unroll
     for (int j = 0; j < TOKEN_TILES; ++j) {
-      const Words<2> b = load_matrices<2>(x + token_address(lane % 16) + j * 8 * STRIDE + block * 32);
+      const Words<2> b = load_matrices<2>(x + token_address(lane % 16, block * 2) + j * 8 * STRIDE);
 #pragma unroll
       for (int r = 0; r < ROW_TILES; ++r) product8(sums[r][j], a[r], b.w[0], b.w[1]);
     }
@@ -209,7 +214,7 @@ __device__ __forceinline__ void multiply(u32 weights, u32 x, int lane, u32 base,
       Words<2> b[DEPTH];
 #pragma unroll
       for (int block = 0; block < DEPTH; ++block)
-        b[block] = load_matrices<2>(x + token_address(lane % 16) + j * 8 * STRIDE + (chunk * DEPTH + block) * 32);
+        b[block] = load_matrices<2>(x + token_address(lane % 16, (chunk * DEPTH + block) * 2) + j * 8 * STRIDE);
 #pragma unroll
       for (int r = 0; r < ROW_TILES; ++r) {
         int part[4] = {MAGIC, MAGIC, MAGIC, MAGIC};
