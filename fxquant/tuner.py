@@ -92,13 +92,14 @@ def stream_cuts(scheme: Scheme, n: int, k: int, rows: int) -> list[Shape]:
     if rows > 256:
         return []
     form, even = cuda_layout.format_of(scheme), _even_waves(n)
+    parts: dict[int, Sequence[tuple[int, ...]]]
     if rows > 16:
         tokens = (128, 256) if rows > 128 else (min(-(-rows // 16) * 16, 128),)
         parts = {count: _MANY for count in tokens}
     elif rows > 1:
         parts = {-(-rows // 8) * 8: [*_SOME, *even]}
     else:  # eight tokens, for wgmma, where the kernel does not quantize them
-        parts = {1: [*_FEW, *even]} | ({8: _SOME} if form.x_bits == 16 else {})
+        parts = {1: [*_FEW, *even], 8: _SOME if form.x_bits == 16 else ()}
     pairs = [(count, part) for count in parts for part in dict.fromkeys(parts[count])]
     found = []
     for count, (warps_n, warps_k, tiles, step, stages, group, blocks) in pairs:
