@@ -118,6 +118,10 @@ class Shape(NamedTuple):
         """The part of the multiprocessors that have a block, while the last blocks are computed too."""
         return taken(-(-n // self.rows) * -(-rows // self.tokens) * self.splits)
 
+    def serves(self, form: Format, rows: int) -> bool:
+        """Whether so many rows may be cut like this: one that the kernel quantizes comes alone."""
+        return self.one_row if rows == 1 and form.x_bits == 8 else rows == 1 or self.tokens > 1
+
     def paired(self, form: Format, k: int) -> Shape:
         """The same with an even number of tiles, of which half are of each half of the channels (GATES)."""
         if self.warps_n * self.row_tiles % 2 == 0:
@@ -157,7 +161,7 @@ def shape_for(scheme: Scheme, n: int, k: int, rows: int, device: str) -> Shape:
     form = format_of(scheme)
     found = tuned_shapes(device, "shapes", scheme.name, scheme.family, n, k, rows)
     shapes = (Shape(*one) for one in found)
-    fitting = [one for one in shapes if one.fits(form, k) and (rows == 1 or one.tokens > 1)]
+    fitting = [one for one in shapes if one.fits(form, k) and one.serves(form, rows)]
     if not fitting:
         return plain_shape(form, k, rows)
     measured = measured_shape(device, "shapes", scheme.name, n, k, rows)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fxquant.affine import pack_codes, storage_dtype
-from fxquant.lowering import cuda_layout, cuda_stream
+from fxquant.lowering import cuda_layout, cuda_stream, tuning
 from fxquant.lowering.cuda_stream import BESIDE_CODES, LONGEST, Shape, quantizes
 from fxquant.lowering.hopper import room
 from fxquant.lowering.kernel import KERNELS
@@ -100,6 +100,19 @@ def test_one_row_alone_is_quantized_by_the_kernel():
     assert not quantizes(problem("int4wo-64", m=1))
     names = {name for name, kernel in KERNELS.items() if kernel.quantizes(problem("int8dq", m=1))}
     assert {"cuda_w8a8", "cuda_w4a8"} == names
+
+
+def test_a_cut_for_more_tokens_is_not_taken_for_one_row(monkeypatch):
+    """Of activations that come as floats it may be; codes of one row are made where one row is cut alone."""
+    table = {section: {} for section in tuning.SECTIONS}
+    cut = [4, 2, 1, 8, 128, 4]
+    table["shapes"] = {"int8dq 4096x4096": [[0, cut]], "int8wo 4096x4096": [[0, cut]]}
+    monkeypatch.setattr(tuning, "tuned_table", lambda device: table)
+    for scheme, tokens in (("int8dq", 1), ("int8wo", 8)):
+        row = get_scheme(scheme)
+        assert cuda_stream.shape_for(row, 4096, 4096, 1, "some").tokens == tokens
+        assert cuda_stream.shape_for(row, 4096, 4096, 2, "some").tokens == 8
+    tuning.forget()
 
 
 def test_its_codes_have_room_in_every_cut_for_one_row():
