@@ -56,6 +56,10 @@ BUSY = 0.6
 for another. (On an H200 that gained up to 50 % below this and lost up to 20 % above.)"""
 
 
+def whole_lines(size: int) -> int:
+    return -(-size // 128) * 128
+
+
 class Shape(NamedTuple):
     """How a block of threads is cut: the names are the constants in ``stream.cu``. fixed: 4-bit weights are
     multiplied by the one row's activations as fixed-point numbers (``fixed.cuh``), which takes fewer
@@ -85,15 +89,16 @@ class Shape(NamedTuple):
         return self.tokens == 1 and not self.warpgroup
 
     def stage_bytes(self, form: Format, fetched: bool = False) -> int:
-        """Bytes of one stage of the pipeline; ``fetched`` by the copy engine, rows of weights are swizzled
-        instead of padded."""
+        """Bytes of one stage of the pipeline, ``fetched`` by the copy engine or in whole lines by threads."""
         row = self.step * form.x_bits // 8
         tile = self.step // form.unit * form.unit_bytes
         if form.row_major:
-            tile = TILE * (row if fetched else row + 16)
+            tile = TILE * (row if fetched or row % 128 == 0 else row + 16)
+        elif not fetched:
+            tile = whole_lines(tile)
         stage = self.warps_n * self.row_tiles * tile
         if not self.makes(form):
-            stage += self.tokens * (row if self.warpgroup else row + 16)
+            stage += self.tokens * row if self.warpgroup else whole_lines(self.tokens * (row + 16))
         return -(-stage // 1024) * 1024 if self.warpgroup else stage
 
     def shared(self, form: Format) -> int:

@@ -113,13 +113,14 @@ __device__ __forceinline__ void multiply(u32 weights, u32 x, int lane, u32 base,
 
 #else  // X_BITS == 8
 
-// The block of a tile at ``at`` as the left operand of a k32 product
-__device__ __forceinline__ void load_weights(u32 at, int lane, u32 (&a)[4]) {
+// Block number ``block`` of a tile as the left operand of a k32 product
+__device__ __forceinline__ void load_weights(u32 tile, int block, int lane, u32 (&a)[4]) {
 #if BITS == 8  // 16 rows, two columns: the matrices are a0, a1 (rows 8 on), a2 (column 1), a3
-  const Words<4> w = load_matrices<4>(at + lane % 16 * STRIDE + lane / 16 * 16);
+  const int piece = 2 * block + lane / 16;
+  const Words<4> w = load_matrices<4>(tile + lane % 16 * PIECE_STRIDE + (SWIZZLED ? piece ^ lane % 8 : piece) * 16);
   a[0] = w.w[0], a[1] = w.w[1], a[2] = w.w[2], a[3] = w.w[3];
 #else  // a nibble in the high half of a byte is 16 times its value: no sign to extend
-  const Words<2> w = load_shared<2>(at + lane * 8);
+  const Words<2> w = load_shared<2>(tile + block * BLOCK_BYTES + lane * 8);
   a[0] = w.w[0] & 0xf0f0f0f0u, a[2] = (w.w[0] << 4) & 0xf0f0f0f0u;
   a[1] = w.w[1] & 0xf0f0f0f0u, a[3] = (w.w[1] << 4) & 0xf0f0f0f0u;
 #endif
@@ -132,7 +133,7 @@ __device__ __forceinline__ void multiply(u32 weights, u32 x, int lane, u32 base,
   for (int block = 0; block < STEP / 32; ++block) {
     u32 a[ROW_TILES][4];
 #pragma unroll
-    for (int r = 0; r < ROW_TILES; ++r) load_weights(weights + r * STEP_BYTES + block * 32, lane, a[r]);
+    for (int r = 0; r < ROW_TILES; ++r) load_weights(weights + r * STEP_BYTES, block, lane, a[r]);
 #if WARPGROUP
     begin_products();
 #pragma unroll
@@ -178,7 +179,7 @@ __device__ __forceinline__ void multiply(u32 weights, u32 x, int lane, u32 base,
     const int chunk = i / ROW_TILES, at = i % PARTS;
     const u32 unit = weights + i % ROW_TILES * STEP_BYTES + chunk * UNIT_BYTES;
 #pragma unroll
-    for (int block = 0; block < DEPTH; ++block) load_weights(unit + block * BLOCK_BYTES, lane, a[at][block]);
+    for (int block = 0; block < DEPTH; ++block) load_weights(unit, block, lane, a[at][block]);
     load_scales(unit, lane, scale[at]);
     begin_products();
 #pragma unroll
@@ -206,7 +207,7 @@ __device__ __forceinline__ void multiply(u32 weights, u32 x, int lane, u32 base,
     for (int r = 0; r < ROW_TILES; ++r) {
       const u32 at = weights + r * STEP_BYTES + chunk * UNIT_BYTES;
 #pragma unroll
-      for (int block = 0; block < DEPTH; ++block) load_weights(at + block * BLOCK_BYTES, lane, a[r][block]);
+      for (int block = 0; block < DEPTH; ++block) load_weights(at, block, lane, a[r][block]);
       load_scales(at, lane, scale[r]);
     }
 #pragma unroll

@@ -54,10 +54,14 @@ extern "C" __global__ void __cluster_dims__(1, 1, SPLITS) __launch_bounds__(THRE
     const int at = (i * 32 + lane) * 16, row = at / PIECE_ROW, part = at % PIECE_ROW;
     const int tile = tile_at(first_tile + row / PIECE_ROWS, p.n);
     from[i] = min(tile * PIECE_ROWS + row % PIECE_ROWS, last) * row_bytes + part;
-    to[i] = row * PIECE_STRIDE + part;
+    to[i] = row * PIECE_STRIDE + (SWIZZLED ? part ^ row % 8 * 16 : part);
   }
+  // Of step ``i``: how far from the beginning of a line it begins
+  constexpr int LEAST = PIECE_ROW & -PIECE_ROW;
+  static_assert(ROW_MAJOR || LEAST >= 128 || PIECE_ROW + 128 - LEAST <= PIECE_STRIDE, "room for what is off a line");
+  auto off_line = [&](int i) { return ROW_MAJOR || LEAST >= 128 ? 0 : (part_k + i * PARTS_K) * PIECE_ROW % 128; };
   auto fetch_weights = [&](int i) {
-    const u32 stage = ring + i % STAGES * STAGE_BYTES + X_BYTES + warp_n * W_BYTES;
+    const u32 stage = ring + i % STAGES * STAGE_BYTES + X_BYTES + warp_n * W_BYTES + off_line(i);
     const char* base = p.weight + static_cast<u64>(part_k + i * PARTS_K) * PIECE_ROW;
 #pragma unroll
     for (int round = 0; round < ROUNDS; ++round)
@@ -137,7 +141,7 @@ extern "C" __global__ void __cluster_dims__(1, 1, SPLITS) __launch_bounds__(THRE
       if (!MADE) fetch_x(i + AHEAD, true);
     }
     commit();
-    const u32 stage = ring + i % STAGES * STAGE_BYTES, weights = stage + X_BYTES + warp_n * W_BYTES;
+    const u32 stage = ring + i % STAGES * STAGE_BYTES, weights = stage + X_BYTES + warp_n * W_BYTES + off_line(i);
     const u32 x = MADE ? made + (i * WARPS_K + group) * MADE_BYTES : stage;
     if constexpr (FIXED)
       multiply_fixed(weights, x, lane, p.base, sums);
