@@ -116,12 +116,16 @@ def _overlap() -> Any:
     return attribute
 
 
-@lru_cache
-def _most_shared(device: int) -> int:
-    """Bytes of shared memory that a block may have."""
+def _allow_all_shared(kernel: Any, device: int) -> None:
+    """Let a launch take all the shared memory that a block may have, beside what the kernel has anyway."""
     driver, _ = bindings()
-    attribute = driver.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN
-    return checked(driver.cuDeviceGetAttribute(attribute, device), "shared memory")
+    ours, most = driver.CUfunction_attribute, driver.CUdevice_attribute
+    limit = most.CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN
+    size = checked(driver.cuDeviceGetAttribute(limit, device), "shared memory")
+    static = ours.CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES
+    size -= checked(driver.cuKernelGetAttribute(static, kernel, device), "shared memory")
+    dynamic = ours.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+    checked(driver.cuKernelSetAttribute(dynamic, size, kernel, device), "shared memory")
 
 
 @lru_cache
@@ -143,8 +147,6 @@ def function(
     binary = compile_source(text, dict(defines), arch)
     library = checked(driver.cuLibraryLoadData(binary, [], [], 0, [], [], 0), "load")
     kernel = checked(driver.cuLibraryGetKernel(library, entry.encode()), entry)
-    attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-    most = _most_shared(device)
-    checked(driver.cuKernelSetAttribute(attribute, most, kernel, device), "shared memory")
+    _allow_all_shared(kernel, device)
     handle = driver.CUfunction(int(kernel))
     return Function(handle, threads, overlap=overlap and major >= 9)

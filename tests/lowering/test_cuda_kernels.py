@@ -208,6 +208,26 @@ def test_every_form_compiles_for_hopper(scheme, gated):
 
 
 @needs_compiler
+@pytest.mark.parametrize("step", [32, 128, 256])
+@pytest.mark.parametrize(
+    "scheme", ["int4wo-64", "int4wo-128", "int2wo-32", "int8wo", "8da4w-32", "8da4w-128", "int8dq"]
+)
+def test_shared_memory_is_counted_as_the_source_does(scheme, step):
+    """What begins off a line has room for that, and rows of one token take whole lines."""
+    form = cuda_layout.format_of(get_scheme(scheme))
+    own = (form, form._replace(x_type=1)) if form.x_bits == 8 else (form,)
+    cases = [(f, Shape(2, 2, 1, tokens, step, 3)) for f in own for tokens in (1, 8)]
+    for taking, shape in ((f, s) for f, s in cases if s.fits(f, 4096)):
+        text = cuda_stream.source(taking, shape, False)
+        text += f'\nstatic_assert(STAGE_BYTES == {shape.stage_bytes(taking)}, "of a stage");'
+        text += (
+            f'\nstatic_assert(SHARED_BYTES == {shape.shared(taking)}, "beside the activations");'
+        )
+        more = {"x_half": 0, "y_type": 1, "bias_type": 0, "activation": 0}
+        nvrtc.compile_source(text, dict(cuda_stream.defines(taking, shape, **more)), "sm_90a")
+
+
+@needs_compiler
 def test_a_source_that_does_not_compile_says_why():
     with pytest.raises(fxquant.FxQuantError, match="undefined_name"):
         nvrtc.compile_source("int f() { return undefined_name; }", {}, "sm_90a")
