@@ -2,8 +2,7 @@
 // memory, onto the sums of a warp.
 
 // Where the lanes' rows of 16 bytes are, for ldmatrix of 8 tokens from that piece of theirs on. One token is the
-// first column; the others, which nobody looks at, are other pieces of it, in banks of their own: eight rows at
-// one address are read one after the other.
+// first column; the others, which nobody looks at, are other pieces of it, so that no two rows share a bank.
 __device__ __forceinline__ u32 token_address(int lane, int piece) {
   constexpr int PIECES = X_ROW / 16 < 8 ? X_ROW / 16 : 8;
   static_assert(TOKENS > 1 || (PIECES & (PIECES - 1)) == 0, "other pieces of the same row");
