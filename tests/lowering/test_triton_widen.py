@@ -56,8 +56,9 @@ def test_rows_are_widened_as_they_are_quantized(rows, k, gate):
 
 
 def widened_twice(x, *, also):
-    """As two linears of the same activations read them; ``also`` makes one more output of the codes."""
-    codes, scale, zero = ops.quantize(x, "8da4w-32", "input")
+    """As two linears of the same activations read them, behind what Inductor could fuse with it; ``also``
+    makes one more output of the codes."""
+    codes, scale, zero = ops.quantize(x + 1, "8da4w-32", "input")
     wide = ops.widen(codes, zero)
     more = ops.widen(codes, zero)
     return wide, more + 1, scale, *also(codes, zero)
