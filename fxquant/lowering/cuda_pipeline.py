@@ -96,6 +96,13 @@ def blocks_of(cut: Cut, tiles: int, units: int) -> int:
     return min(tiles, max(places(cut.splits, units) * cut.blocks // cut.splits, 1)) * cut.splits
 
 
+@lru_cache(maxsize=4096)
+def launch_of(form: Format, cut: Cut, n: int, m: int, units: int) -> tuple[int, int]:
+    """Blocks, and the bytes of shared memory of each."""
+    blocks = blocks_of(cut, cut.tiles(n, m), units)
+    return blocks, spread(cut.shared(form), blocks, cut.splits, units)
+
+
 def run(
     scheme: Scheme,
     cut: Cut,
@@ -123,10 +130,9 @@ def run(
     addresses = (0 if t is None else t.data_ptr() for t in pointers)
     arguments = maps + struct.pack("<7Q3i", *addresses, m, n, k)
     arguments += bytes(-len(arguments) % 64)  # the maps align the whole
-    units = device_row(x.device).units
-    grid = blocks_of(cut, cut.tiles(n, m), units)
+    blocks, shared = launch_of(form, cut, n, m, device_row(x.device).units)
     with torch.cuda.device(device):
-        call.launch((grid, 1, 1), arguments, spread(cut.shared(form), grid, cut.splits, units))
+        call.launch((blocks, 1, 1), arguments, shared)
     return y
 
 

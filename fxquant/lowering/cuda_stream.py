@@ -264,6 +264,16 @@ def compiled(
     return compile_linear(text, "stream_linear", form, shape, *types, threads=shape.threads)
 
 
+@lru_cache(maxsize=4096)
+def launch_of(
+    form: Format, shape: Shape, n: int, m: int, k: int, units: int
+) -> tuple[tuple[int, int, int], int]:
+    """The grid of blocks, and the bytes of shared memory of each; a launch outside of a graph asks again."""
+    grid = (-(-n // shape.rows), -(-m // shape.tokens), shape.splits)
+    shared = shape.shared(form) + shape.activations(form, k)
+    return grid, spread(shared, math.prod(grid), shape.splits, units)
+
+
 def run(
     scheme: Scheme,
     shape: Shape,
@@ -289,9 +299,7 @@ def run(
     addresses = (0 if t is None else t.data_ptr() for t in pointers)
     base = SIGNS if shape.fixed else BASE.get(x.dtype, 0)
     arguments = struct.pack("<8Q4iIi", *addresses, m, n, k, k * x.element_size(), base, 0)
-    grid = (-(-n // shape.rows), -(-m // shape.tokens), shape.splits)
-    shared = shape.shared(form) + shape.activations(form, k)
-    shared = spread(shared, math.prod(grid), shape.splits, device_row(x.device).units)
+    grid, shared = launch_of(form, shape, n, m, k, device_row(x.device).units)
     with torch.cuda.device(x.device):
         call.launch(grid, arguments, shared)
     return y
