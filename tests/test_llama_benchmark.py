@@ -208,7 +208,7 @@ def test_a_worker_measures_all_phases_and_reads_fxquants_decisions(llama, tmp_pa
         assert all("(int8wo)" in kernel for kind in r["kernels"].values() for kernel in kind)
         assert sum(r["kernels"]["q_proj"].values()) == 2
     assert readings[0]["deterministic"] and readings[0]["tokens"] == 4
-    assert readings[2]["prefill_ms"] > 0
+    assert readings[2]["prefill_ms"] >= readings[2]["host_ms"] > 0
     # both read the same bytes a step, whatever the batch
     rates = [r["tokens_per_s"] / r["batch"] * r["model_gb"] for r in readings[:2]]
     assert rates == pytest.approx([r["gb_per_s"] for r in readings[:2]], rel=1e-4)
