@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -72,7 +72,7 @@ FEW = 2
 @dataclass(frozen=True)
 class Case:
     """One launch. ``cut``: how a kernel of ``tuner.CUTTERS`` is cut; ``units``: multiprocessors that it
-    thinks it has."""
+    thinks it has; ``coded``: one row comes as codes to a kernel that would quantize it."""
 
     kernel: str
     scheme: str
@@ -81,11 +81,13 @@ class Case:
     k: int
     cut: Shape | Cut | None = None
     units: int = FEW
+    coded: bool = False
 
     @property
     def name(self) -> str:
         cut = "" if self.cut is None else " cut " + "-".join(map(str, self.cut))
-        return f"{self.kernel} {self.scheme} {self.rows}x{self.n}x{self.k}{cut}"
+        codes = " codes" if self.coded else ""
+        return f"{self.kernel} {self.scheme} {self.rows}x{self.n}x{self.k}{cut}{codes}"
 
 
 def cases() -> list[Case]:
@@ -95,6 +97,11 @@ def cases() -> list[Case]:
         for scheme in schemes
         for rows in STREAM_ROWS
         for cut in stream_kinds(scheme, rows)
+    ]
+    found += [
+        replace(case, coded=True)
+        for case in found
+        if tuner.CUTTERS[case.kernel].quantizes(get_scheme(case.scheme), case.rows)
     ]
     for kernel, schemes in PIPELINE.items():
         for scheme, cut in ((s, cut) for s in schemes for cut in pipeline_kinds(kernel, s)):
@@ -170,7 +177,7 @@ def build(todo: Sequence[Case]) -> None:
 
     def one(case: Case) -> None:
         cutter = tuner.CUTTERS[case.kernel]
-        x, form = cutter.types(get_scheme(case.scheme), case.cut)
+        x, form = cutter.types(get_scheme(case.scheme), None if case.coded else case.cut)
         cutter.compiled(form, case.cut, x, torch.bfloat16, None, "", 0)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -207,7 +214,9 @@ def run(case: Case) -> tuple[float, list[str]]:
             y = kernel.compute(prequantized(scheme, codes), x, packed, None, "")
         else:
             cutter = tuner.CUTTERS[case.kernel]
-            x, scale, zero = cutter.operands(prequantized(scheme, codes), x)
+            x, scale, zero = (
+                codes if case.coded else cutter.operands(prequantized(scheme, codes), x)
+            )
             y = cutter.run(scheme, case.cut, x, scale, zero, packed, None, n, "", torch.bfloat16)
     return oracles.bound_ratio(sample, y.cpu()).max().item(), kept.places()
 

@@ -19,7 +19,6 @@ from torch._inductor.codegen.triton import TritonKernel, TritonScheduling
 from torch._inductor.compile_fx import compile_fx
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._inductor.decomposition import select_decomp_table
-from torch._inductor.dependencies import MemoryDep
 from torch._inductor.ir import Pointwise
 from torch._inductor.lowering import fallback_handler, lowerings, register_lowering
 from torch._inductor.scheduler import FusedSchedulerNode, SchedulerNode
@@ -324,9 +323,9 @@ class _Overlap(_SchedulerPass):
 
 
 def _waits(node: Any) -> bool:
-    """Whether the kernel of a node waits: a split scan has Inductor's own, which does with its first load."""
-    scans = any(part.is_split_scan() for part in node.get_nodes())
-    return not scans or any(isinstance(d, MemoryDep) for d in node.read_writes.reads)
+    """Whether the kernel of a node waits before all else. A split scan has Inductor's own, which reads what
+    the kernel just ahead has not written at once: it would find the one before that still at it."""
+    return not any(part.is_split_scan() for part in node.get_nodes())
 
 
 def overlapping(patches: dict[str, Any], tag: str) -> dict[str, Any]:

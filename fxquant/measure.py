@@ -46,6 +46,14 @@ def copies(tensors: Sequence[torch.Tensor]) -> list[list[torch.Tensor]]:
     return [list(tensors)] + [[t.clone() for t in tensors] for _ in range(count - 1)]
 
 
+def repeated(
+    calls: Sequence[Callable[[], object]], seconds: float, span: float
+) -> list[Callable[[], object]]:
+    """``calls`` over and over, as many as take ``span`` at so many ``seconds`` each: so long that a graph's
+    launch, some microseconds, does not count. Two at least, and at most 1024."""
+    return list(islice(cycle(calls), max(2, min(int(span / seconds), 1024))))
+
+
 def replayed(
     calls: Sequence[Callable[[], object]], *, span: float = 3e-3, rounds: int = 9
 ) -> float:
@@ -79,11 +87,9 @@ def alternating(
             return lambda: timed(graph.replay) / len(calls)
 
         def lasting(calls: Sequence[Callable[[], object]]) -> Callable[[], float]:
-            """A graph so long that its launch, some microseconds, does not count."""
             calls[0]()
             stream.synchronize()
-            times = max(2, min(int(span / captured(calls[:2])()), 1024))
-            return captured(list(islice(cycle(calls), times)))
+            return captured(repeated(calls, captured(calls[:2])(), span))
 
         graphs = [lasting(calls) for calls in runs]
         readings = [[graph() for graph in graphs] for _ in range(rounds)]

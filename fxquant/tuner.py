@@ -98,8 +98,9 @@ def stream_cuts(scheme: Scheme, n: int, k: int, rows: int) -> list[Shape]:
         parts = {count: _MANY for count in tokens}
     elif rows > 1:
         parts = {-(-rows // 8) * 8: [*_SOME, *even]}
-    else:  # eight tokens, for wgmma, where the kernel does not quantize them
-        parts = {1: [*_FEW, *even], 8: _SOME if form.x_bits == 16 else ()}
+    else:  # or eight tokens by wgmma, which the kernel does not quantize
+        eight = [part for part in _SOME if part[5]] if form.x_bits == 16 else []
+        parts = {1: [*_FEW, *even], 8: eight}
     pairs = [(count, part) for count in parts for part in dict.fromkeys(parts[count])]
     found = []
     for count, (warps_n, warps_k, tiles, step, stages, group, blocks) in pairs:
@@ -144,16 +145,20 @@ class Cutter:
     own_rows: int = 0
     widened: bool = False
 
+    def quantizes(self, scheme: Scheme, rows: int) -> bool:
+        """Whether the kernel quantizes so many rows itself."""
+        return scheme.input is not None and rows <= self.own_rows
+
     def types(self, scheme: Scheme, cut: Any = None) -> tuple[torch.dtype, Format]:
         """What activations come as, at a cut for few rows maybe, and the format that takes them."""
         form, spec = cuda_layout.format_of(scheme), scheme.input
-        own = cut is not None and cut.tokens <= self.own_rows
+        own = cut is not None and self.quantizes(scheme, cut.tokens)
         x = torch.bfloat16 if spec is None or own or self.widened else spec.codes_dtype
         return x, self.taking(form, x)
 
     def operands(self, scheme: Scheme, x: torch.Tensor) -> tuple[torch.Tensor, Any, Any]:
         """Activations as ``run`` takes them, with their scale and zero point."""
-        if scheme.input is None or x.shape[0] <= self.own_rows:
+        if scheme.input is None or self.quantizes(scheme, x.shape[0]):
             return x, None, None
         q = scheme.input.quantize(x)
         scale, zero = (cuda_stream.of_rows(t, x.shape[0]) for t in (q.scale, q.zero))
@@ -168,7 +173,7 @@ _STREAM = Cutter(
     pick=cuda_stream.shape_for,
     compiled=cuda_stream.compiled,
     run=cuda_stream.run,
-    taking=cuda_stream.taking,
+    taking=cuda_stream.quantizing,
     own_rows=1,
 )
 _PIPELINE = Cutter(
@@ -252,8 +257,9 @@ class _Subject:
         one kernel does that itself, the others' times have it too."""
         x = torch.randn(rows, self.k, device=self.device, dtype=torch.bfloat16)
         with torch.no_grad():
-            names, at = self.kernels(rows), replace(self.problem, m=rows)
-            own = [name for name in names if KERNELS[name].quantizes(at)]
+            names = self.kernels(rows)
+            cutters = {name: CUTTERS[name] for name in names if name in CUTTERS}
+            own = [name for name, c in cutters.items() if c.quantizes(self.scheme, rows)]
             runs = [run for name in names for run in self.runs(name, rows, x)]
             runs = [
                 (
@@ -314,7 +320,9 @@ def best(readings: Iterable[Reading]) -> dict[str, dict[str, list[Any]]]:
         first, speeds = 0, table["speeds"].setdefault(key(scheme, n, k), [])
         for rows, found in itertools.groupby(group, lambda r: r.rows):
             fastest = list(found)
-            if get_scheme(scheme).input is None:  # otherwise its quantization is not in the reading
+            if (
+                get_scheme(scheme).input is None
+            ):  # otherwise its quantization may not be in the reading
                 speeds.append([rows, round(fastest[0].bfloat16 / fastest[0].seconds, 2)])
             if not kernels or kernels[-1][0] != fastest[0].kernel:
                 kernels.append([fastest[0].kernel, first])

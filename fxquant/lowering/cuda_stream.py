@@ -137,6 +137,7 @@ class Shape(NamedTuple):
     def fits(self, form: Format, k: int) -> bool:
         """Whether the kernel can be cut like this."""
         fits = k % self.step == 0 and self.step % form.unit == 0 and self.threads <= 1024
+        fits = fits and self.step & (self.step - 1) == 0
         forms = (form, form._replace(x_type=1)) if self.one_row and form.x_bits == 8 else (form,)
         fits = fits and all(
             room(self.shared(f) + self.activations(f, k), self.blocks) for f in forms
@@ -178,9 +179,9 @@ def shape_for(scheme: Scheme, n: int, k: int, rows: int, device: str) -> Shape:
     return next(full, max(options, key=lambda shape: shape.busy(n, rows)))
 
 
-def taking(form: Format, x: torch.dtype) -> Format:
-    """The same for activations that come as ``x``: if as floats where the product takes codes, the kernel
-    quantizes them."""
+def quantizing(form: Format, x: torch.dtype) -> Format:
+    """The form for activations that come as ``x``: if as floats where the product takes codes, the kernel
+    makes those."""
     return form if x.itemsize * 8 == form.x_bits else form._replace(x_type=CODE[x])
 
 
@@ -288,7 +289,7 @@ def run(
 ) -> torch.Tensor:
     """One launch, cut as ``shape``: y[m, n] (of GATES [m, n / 2]) of contiguous x[m, k], x_scale float32
     [m] and x_zero int32 [m]; or of one row x[1, k] that the kernel quantizes as the scheme wants it."""
-    form, (m, k) = taking(format_of(scheme), x.dtype), x.shape
+    form, (m, k) = quantizing(format_of(scheme), x.dtype), x.shape
     per_row = packed[1].float().reshape(-1)
     w_scale, w_sum = (None, per_row) if form.x_zero else (per_row, None)
     shape = shape.paired(form, k) if epilogue in GATES else shape
@@ -371,7 +372,7 @@ def _linear(x, scale, zero, packed, bias, scheme, epilogue, n, dtype):
 
 
 LONGEST = 1 << 16
-"""Values of a row whose codes have room beside the stages of any cut."""
+"""Values of a row whose codes have room beside the stages of a plain cut."""
 
 
 def _is_quantized_here(spec: Any, rows: Any, k: int) -> bool:

@@ -28,7 +28,7 @@ def pack(
     packed = LAYOUTS[layout].pack(row.product, q)
     packed = [t.clone() if storage_of(t) in inputs else t for t in packed]
     if codes.is_cuda and not torch.cuda.is_current_stream_capturing():
-        # kernels fetch their weight before the kernel ahead of them has ended: it must not be this one
+        # kernels fetch their weight before those ahead of them have ended: these must not be among them
         torch.cuda.current_stream(codes.device).synchronize()
     return packed
 

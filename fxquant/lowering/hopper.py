@@ -20,7 +20,7 @@ from one group of 16 or 18 to another; on an H200 32 clusters of 4 took two turn
 
 def places(splits: int, units: int = MULTIPROCESSORS) -> int:
     """Of ``units`` multiprocessors those on which clusters of ``splits`` blocks, one to each, find places."""
-    return units * CLUSTERED[splits] // MULTIPROCESSORS
+    return max(units * CLUSTERED[splits] // MULTIPROCESSORS, 1)
 
 
 def spread(shared: int, blocks: int, splits: int, units: int) -> int:
@@ -33,10 +33,9 @@ def spread(shared: int, blocks: int, splits: int, units: int) -> int:
     4096 x 4096, 7.4 and 6.7.)
     """
     share = -(-blocks // places(splits, units))
-    least = (
-        -(-(SHARED // (share + 1) - RESERVED + 1) // 128) * 128
-    )  # share + 1 times this is more than there is
-    return max(shared, least) if room(max(shared, least), share) else shared
+    too_much = SHARED // (share + 1) - RESERVED + 1  # for one block more
+    padded = max(shared, -(-too_much // 128) * 128)
+    return padded if room(padded, share) else shared
 
 
 def taken(blocks: int, places: int = MULTIPROCESSORS) -> float:

@@ -66,6 +66,10 @@ Compute = Callable[
 """compute(scheme, x[M, k], packed, bias | None, epilogue) -> y[M, n] in x.dtype; traceable."""
 
 
+def never(problem: Problem) -> bool:
+    return False
+
+
 @dataclass(frozen=True, kw_only=True)
 class Kernel:
     """One way to compute a quantized linear.
@@ -84,7 +88,7 @@ class Kernel:
     cost: Callable[[Problem], sympy.Expr]
     needs: tuple[Need, ...] = ()
     epilogues: frozenset[str] = field(default_factory=frozenset)
-    quantizes: Callable[[Problem], bool] = lambda problem: False
+    quantizes: Callable[[Problem], bool] = never
     faults: tuple[dict[str, object], ...] = ()
 
     def refusal(self, problem: Problem) -> str | None:
@@ -111,7 +115,7 @@ def kernel(
     cost: Callable[[Problem], sympy.Expr],
     needs: Sequence[Need] = (),
     epilogues: Sequence[str] = (),
-    quantizes: Callable[[Problem], bool] = lambda problem: False,
+    quantizes: Callable[[Problem], bool] = never,
     faults: Sequence[dict[str, object]] = (),
 ) -> Callable[[Compute], Compute]:
     """Declare the decorated ``compute`` function as a kernel under its own name."""

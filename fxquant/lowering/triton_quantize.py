@@ -156,9 +156,8 @@ def warps_for(rows: int, values: int, units: int) -> int:
     of 14336, held as 16384, 35.1, 30.3, 34.6 and 36.7.)"""
     many = 4 if values <= 4096 else max(values // 2048, 8)
     wanted = max(values // 512, 4) if rows < units else many
-    return min(
-        1 << (wanted - 1).bit_length(), 32
-    )  # a power of two, which values in two parts are not
+    # Triton's number of warps is a power of two, which values in two parts are not
+    return min(1 << (wanted - 1).bit_length(), 32)
 
 
 def _fake(

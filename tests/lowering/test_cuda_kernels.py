@@ -185,7 +185,7 @@ def test_every_form_compiles_for_hopper(scheme, gated):
             torch.float32,
         ):  # one row, quantized by the kernel
             constants = dict(
-                cuda_stream.defines(cuda_stream.taking(form, dtype), shapes[0], **more)
+                cuda_stream.defines(cuda_stream.quantizing(form, dtype), shapes[0], **more)
             )
             assert constants["X_TYPE"] > 0
             text = cuda_stream.source(form, shapes[0], False)
@@ -207,24 +207,44 @@ def test_every_form_compiles_for_hopper(scheme, gated):
         assert nvrtc.compile_source(text, dict(constants), "sm_90a")[:4] == b"\x7fELF"
 
 
+COUNTED = [
+    (scheme, step)
+    for scheme in (
+        "int4wo-64",
+        "int4wo-128",
+        "int2wo-32",
+        "int8wo",
+        "8da4w-32",
+        "8da4w-128",
+        "int8dq",
+    )
+    for step in (32, 128, 256)
+    if step % cuda_layout.format_of(get_scheme(scheme)).unit == 0
+]
+
+
 @needs_compiler
-@pytest.mark.parametrize("step", [32, 128, 256])
-@pytest.mark.parametrize(
-    "scheme", ["int4wo-64", "int4wo-128", "int2wo-32", "int8wo", "8da4w-32", "8da4w-128", "int8dq"]
-)
+@pytest.mark.parametrize("scheme, step", COUNTED)
 def test_shared_memory_is_counted_as_the_source_does(scheme, step):
-    """What begins off a line has room for that, and rows of one token take whole lines."""
-    form = cuda_layout.format_of(get_scheme(scheme))
+    """What begins off a line has room for that, rows of one token take whole lines, and what a block makes of
+    its row lies behind all of that."""
+    form, k = cuda_layout.format_of(get_scheme(scheme)), 4096
     own = (form, form._replace(x_type=1)) if form.x_bits == 8 else (form,)
-    cases = [(f, Shape(2, 2, 1, tokens, step, 3)) for f in own for tokens in (1, 8)]
-    for taking, shape in ((f, s) for f, s in cases if s.fits(f, 4096)):
-        text = cuda_stream.source(taking, shape, False)
-        text += f'\nstatic_assert(STAGE_BYTES == {shape.stage_bytes(taking)}, "of a stage");'
+    shapes = [
+        Shape(2, 2, 1, tokens, step, 3, fixed=fixed) for tokens, fixed in ((1, 0), (8, 0), (1, 1))
+    ]
+    cases = [(f, shape) for f in own for shape in shapes if shape.fits(f, k)]
+    assert len(cases) == 2 + (form.x_bits == 8 or (form.bits, form.chunk > 0) == (4, True))
+    for f, shape in cases:
+        made = shape.activations(f, k)
+        text = cuda_stream.source(f, shape, False)
+        text += f'\nstatic_assert(STAGE_BYTES == {shape.stage_bytes(f)}, "of a stage");'
+        text += f'\nstatic_assert(SHARED_BYTES == {shape.shared(f)}, "of the ring");'
         text += (
-            f'\nstatic_assert(SHARED_BYTES == {shape.shared(taking)}, "beside the activations");'
+            f'\nstatic_assert(!MADE || ROW_CODES + {k} / STEP * MADE_BYTES == {made}, "behind it");'
         )
         more = {"x_half": 0, "y_type": 1, "bias_type": 0, "activation": 0}
-        nvrtc.compile_source(text, dict(cuda_stream.defines(taking, shape, **more)), "sm_90a")
+        nvrtc.compile_source(text, dict(cuda_stream.defines(f, shape, **more)), "sm_90a")
 
 
 @needs_compiler

@@ -73,21 +73,23 @@ def test_the_codes_are_those_of_quantize(scheme, dtype):
 
 
 @needs_hopper
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("scheme", SCHEMES)
 @torch.no_grad()
-def test_codes_made_before_give_the_same(scheme):
-    """Bit for bit, at the cuts that are chosen, with a gate and without."""
+def test_codes_made_before_give_the_same(scheme, dtype):
+    """Bit for bit, at the cuts that are chosen, with a gate and a bias and without."""
     row, n, k = get_scheme(scheme), 288, 1024
     kernel = next(
         KERNELS[name] for name in ("cuda_w4a8", "cuda_w8a8") if row.family in KERNELS[name].families
     )
     weight = row.weight.quantize(torch.randn(n, k, generator=torch.Generator().manual_seed(0)))
     packed = [t.cuda() for t in kernel.layout.pack(row, weight)]
-    x = torch.randn(1, k, generator=torch.Generator().manual_seed(1)).bfloat16().cuda()
+    x = torch.randn(1, k, generator=torch.Generator().manual_seed(1)).to("cuda", dtype)
     codes, scale, *zero = torch.ops.fxquant.quantize_rows(x, scheme)
     op = torch.ops.fxquant.stream_linear
-    for epilogue in ("", "silu", "silu_mul"):
-        rest = (packed, None, scheme, epilogue, n, torch.bfloat16)
+    biases = (None, torch.randn(n, device="cuda", dtype=dtype))
+    for epilogue, bias in itertools.product(("", "silu", "silu_mul"), biases):
+        rest = (packed, bias, scheme, epilogue, n, dtype)
         before = op(codes, scale, *(zero or [None]), *rest)
         assert torch.equal(op(x, None, None, *rest), before), epilogue
 
@@ -121,7 +123,7 @@ def test_its_codes_have_room_in_every_cut_for_one_row():
         row = get_scheme(scheme)
         form = cuda_layout.format_of(row)
         shape = cuda_stream.shape_for(row, 28672, k, 1, "NVIDIA H200")
-        own = cuda_stream.taking(form, torch.bfloat16)
+        own = cuda_stream.quantizing(form, torch.bfloat16)
         assert (
             shape.fits(form, k) and shape.fits(own, k) and not shape._replace(tokens=8).fits(own, k)
         )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -36,6 +38,18 @@ def only(monkeypatch):
         monkeypatch.setattr(lowering, "select", lambda problem: choice)
 
     return leave
+
+
+@torch.no_grad()
+def test_a_kernel_that_quantizes_gets_the_codes_of_a_static_input(only, monkeypatch):
+    model, x = Call(lambda m, x: F.linear(x, m.w)), torch.randn(1, 64)
+    stats, found = calibrated(model, torch.randn(9, 64)), []
+    for quantizes in (False, True):
+        kernel = replace(KERNELS["dequantize"], quantizes=lambda problem, own=quantizes: own)
+        monkeypatch.setitem(KERNELS, "dequantize", kernel)
+        only("dequantize")
+        found.append(rewritten(model, x, "int8static", stats, to="verified")(x))
+    assert torch.equal(*found)
 
 
 @pytest.mark.parametrize("bias", [False, True])

@@ -6,8 +6,8 @@
 //   TOKENS of a block of threads (1, or a multiple of 8), ROW_TILES of a warp, WARPS_N, WARPS_K,
 //   STEP (k of a pipeline stage), STAGES; WARPGROUP: four warps multiply together (wgmma);
 //   BLOCKS of threads that a multiprocessor should hold; SPLITS; FIXED: the one row of activations is
-//   made fixed-point numbers (fixed.cuh), all of it before the first product; X_TYPE: so it is codes
-//   (quantize.cuh), of what has this type (0: activations come as codes);
+//   made fixed-point numbers (fixed.cuh), all of it before the first product; X_TYPE: or codes, out
+//   of numbers of this type (quantize.cuh; 0: 8-bit activations come as codes);
 //   X_TYPE, Y_TYPE, BIAS_TYPE: 0 none, 1 bfloat16, 2 float16, 3 float32; ACTIVATION: 0 none, 1 relu,
 //   2 gelu, 3 gelu_tanh, 4 silu; GATED: the activation of the first half of the channels times the
 //   second half is the result.
@@ -21,7 +21,7 @@ typedef unsigned short u16;
 typedef unsigned long long u64;
 
 constexpr int TOKEN_TILES = (TOKENS + 7) / 8;
-constexpr int COLUMNS = 8 * TOKEN_TILES;  // one token alone is read as all eight columns
+constexpr int COLUMNS = 8 * TOKEN_TILES;  // one token alone is one of eight
 constexpr int ROWS = 16 * ROW_TILES * WARPS_N;
 constexpr int GROUP_THREADS = 32 * WARPS_N;  // the warps that share a part of k, and its activations
 constexpr int THREADS = GROUP_THREADS * WARPS_K;

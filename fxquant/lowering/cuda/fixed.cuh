@@ -8,7 +8,7 @@
 
 constexpr int PLANES = 3;
 constexpr int FIXED_GROUP = 2 * sizeof(float);  // the scale of a group, and the sum of its activations
-constexpr int MADE_BYTES = FIXED ? STEP * PLANES + STEP / UNIT * FIXED_GROUP : STEP;  // of STEP activations
+constexpr int FIXED_BYTES = STEP * PLANES + STEP / UNIT * FIXED_GROUP;  // of STEP activations
 
 // The signed digits of four numbers below 2^22 for base 256, as one word for each digit, the highest first
 __device__ __forceinline__ void digits(const int (&q)[4], u32 (&planes)[PLANES]) {

@@ -5,7 +5,7 @@
 // first column; the others, which nobody looks at, are other pieces of it, so that no two rows share a bank.
 __device__ __forceinline__ u32 token_address(int lane, int piece) {
   constexpr int PIECES = X_ROW / 16 < 8 ? X_ROW / 16 : 8;
-  static_assert(TOKENS > 1 || (PIECES & (PIECES - 1)) == 0, "other pieces of the same row");
+  static_assert(TOKENS > 1 || (X_ROW & (X_ROW - 1)) == 0, "other pieces of the same row");
   if (TOKENS == 1) return ((piece + lane / 8) ^ (lane % 8 % PIECES)) * 16;
   return lane % 8 * STRIDE + (piece + lane / 8) * 16;
 }

@@ -1,12 +1,14 @@
 // One row of activations, quantized per token by every block that multiplies it, as ``fxquant.quantize`` does (affine.py),
-// bit for bit. A kernel ahead of this one that does it alone costs 2 to 4 us, a third of a small product; here weights
+// bit for bit but for the sign of zeros. A kernel ahead of this one that does it alone costs 2 to 4 us, a third of a small product; here weights
 // are on their way meanwhile.
+
+static_assert(X_TYPE == 0 || (TOKENS == 1 && !WARPGROUP && X_BITS == 8), "one row becomes codes");
 
 constexpr int LOADED = X_TYPE == 3 ? 4 : 8;  // numbers in 16 bytes
 constexpr int WARPS = THREADS / 32, EXTREMES = 3;
 constexpr int ROW_SCALE = EXTREMES * 32 * 4;                   // where its scale is, and its zero point
 constexpr int ROW_CODES = X_TYPE ? ROW_SCALE + 128 : 0;        // and where its codes begin
-constexpr float CODES = FLOAT8 ? 448.0f : 127.5f;              // half of their range
+constexpr float HALF_RANGE = FLOAT8 ? 448.0f : 127.5f;         // of the codes
 constexpr float SMALLEST = 1.17549435e-38f, LARGEST = 3.40282347e38f;
 
 struct Row {
@@ -48,7 +50,7 @@ __device__ __forceinline__ Row row_of(const char* x, int k, u32* memory) {
   const float high = __uint_as_float(found[1]), low = -__uint_as_float(found[2]);
   const float radius = X_ZERO ? __fsub_rn(0.5f * high, 0.5f * low) : __uint_as_float(found[0]);
   Row row;
-  row.scale = radius == 0 ? 1.0f : fminf(fmaxf(__fmul_rn(radius, static_cast<float>(1.0 / CODES)), SMALLEST), LARGEST);
+  row.scale = radius == 0 ? 1.0f : fminf(fmaxf(__fmul_rn(radius, static_cast<float>(1.0 / HALF_RANGE)), SMALLEST), LARGEST);
   const bool finite = found[0] <= __float_as_uint(LARGEST);
   row.zero = X_ZERO && finite ? max(min(-128 - __float2int_rn(__fdiv_rn(low, row.scale)), 127), -128) : 0;
   row.inverse = __fdiv_rn(1.0f, row.scale);
@@ -56,7 +58,7 @@ __device__ __forceinline__ Row row_of(const char* x, int k, u32* memory) {
   return row;
 }
 
-// The code of a number: integers may not be finite, as their scale is not then
+// The code of a number; in a row that is not finite, whose scale is NaN, any
 __device__ __forceinline__ u32 code_of(float v, const Row& row) {
   if (!FLOAT8) return max(min(__float2int_rn(__fmul_rn(v, row.inverse)) + row.zero, 127), -128) & 0xff;
   // the quotient, rounded once (Markstein 1990, IBM J. Res. Dev. 34), but for subnormal ones

@@ -28,6 +28,7 @@ struct Arguments {
 // Of a block's shared memory, what does not depend on k: the stages, or the partial sums that follow them
 constexpr int RING_BYTES = WARPS_K * STAGES * STAGE_BYTES, SUMS_BYTES = WARPS_K * COLUMNS * (ROWS + 4) * 4;
 constexpr int SHARED_BYTES = RING_BYTES > SUMS_BYTES ? RING_BYTES : SUMS_BYTES;
+constexpr int MADE_BYTES = FIXED ? FIXED_BYTES : STEP;  // of STEP activations, behind those
 
 extern "C" __global__ void __cluster_dims__(1, 1, SPLITS) __launch_bounds__(THREADS, BLOCKS) stream_linear(const Arguments p) {
   extern __shared__ __align__(1024) char memory[];
