@@ -21,6 +21,7 @@ import torch
 
 from fxquant import tuner
 from fxquant.lowering import (
+    candidates,
     cuda_cuts,
     cuda_layout,
     cuda_pipeline,
@@ -31,7 +32,7 @@ from fxquant.lowering import (
 )
 from fxquant.lowering.cuda_cuts import Cut
 from fxquant.lowering.cuda_layout import Format
-from fxquant.lowering.cuda_stream import Shape
+from fxquant.lowering.cuda_shapes import Shape
 from fxquant.lowering.dispatch import prequantized
 from fxquant.lowering.hopper import MULTIPROCESSORS
 from fxquant.lowering.kernel import KERNELS
@@ -131,7 +132,7 @@ def names_of(part: str) -> list[str]:
 def stream_kinds(scheme: str, rows: int) -> list[Shape]:
     """Cuts for this many rows, with and without wgmma and fixed-point numbers: one that splits k neither over
     warps nor over a cluster, one that does both; of each kind that with the shortest pipeline."""
-    cuts = tuner.stream_cuts(get_scheme(scheme), STREAM_N, STREAM_K, rows)
+    cuts = candidates.stream_cuts(get_scheme(scheme), STREAM_N, STREAM_K, rows)
     cuts = [c for c in cuts if (c.warps_k > 1) == (c.splits > 1)]
     cuts.sort(key=lambda c: (c.stages * c.step * c.warps_k * c.splits, c.tokens), reverse=True)
     return list({(c.warpgroup, c.splits > 1, c.fixed): c for c in cuts}.values())

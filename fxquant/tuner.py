@@ -26,13 +26,11 @@ from tqdm import tqdm
 
 from .backend import linears_of
 from .errors import InvalidOption
-from .lowering import cuda_cuts, cuda_layout, cuda_pipeline, cuda_stream
-from .lowering.cuda_cuts import Cut
+from .lowering import cuda_cuts, cuda_layout, cuda_pipeline, cuda_shapes, cuda_stream
+from .lowering.candidates import pipeline_cuts, stream_cuts
 from .lowering.cuda_layout import Format
-from .lowering.cuda_stream import Shape
 from .lowering.devices import device_row
 from .lowering.dispatch import prequantized, run_kernel
-from .lowering.hopper import MULTIPROCESSORS, taken
 from .lowering.kernel import KERNELS, Problem
 from .lowering.select import FALLBACK, select
 from .lowering.tuning import SECTIONS, forget, key, user_table
@@ -41,93 +39,6 @@ from .scheme import Scheme, get_scheme
 
 ROWS = (1, 8, 16, 32, 64, 128, 256, 512, 2048, 4096)
 """A reading at one of these stands for the rows above the one before it."""
-
-_FEW = [  # warps_n, warps_k, row_tiles, step, stages, warpgroup, blocks
-    *((2, 4, 1, 256, 3, 0, 1), (1, 4, 2, 256, 3, 0, 1), (1, 8, 2, 128, 3, 0, 1)),
-    *((4, 2, 1, 256, 4, 0, 1), (4, 2, 2, 128, 4, 0, 1), (4, 2, 2, 128, 6, 0, 1)),
-    *((1, 8, 1, 256, 3, 0, 1), (1, 16, 1, 128, 3, 0, 1), (2, 4, 2, 128, 4, 0, 1)),
-    *((8, 1, 1, 256, 4, 0, 1), (4, 1, 2, 256, 4, 0, 1), (2, 2, 2, 256, 4, 0, 1)),
-    *((1, 4, 1, 64, 6, 0, 1), (4, 1, 1, 32, 6, 0, 1), (1, 4, 2, 512, 3, 0, 1)),
-]
-_SOME = [
-    *((4, 1, 2, 256, 3, 0, 1), (4, 2, 2, 128, 4, 0, 1), (8, 2, 2, 128, 3, 0, 1)),
-    *((8, 1, 2, 128, 4, 0, 1), (1, 8, 1, 128, 3, 0, 1), (4, 4, 1, 128, 3, 0, 1)),
-    *((4, 2, 1, 256, 3, 0, 1), (2, 4, 2, 128, 4, 0, 1), (4, 1, 1, 32, 6, 0, 1)),
-    *((4, 2, 2, 128, 4, 1, 1), (8, 1, 1, 256, 4, 1, 1), (4, 2, 1, 128, 5, 1, 1)),
-    *((8, 1, 1, 128, 5, 1, 1), (4, 4, 1, 128, 4, 1, 1), (4, 2, 1, 64, 6, 1, 1)),
-]
-_MANY = [
-    *((8, 1, 2, 256, 3, 1, 1), (8, 1, 2, 128, 4, 1, 1), (8, 1, 1, 128, 4, 1, 1)),
-    *((4, 1, 2, 128, 4, 1, 1), (4, 1, 2, 256, 3, 1, 1), (8, 1, 1, 128, 3, 1, 2)),
-    *((4, 1, 1, 128, 3, 1, 3), (4, 1, 1, 128, 4, 1, 2), (4, 1, 2, 128, 3, 1, 2)),
-    *((8, 1, 1, 64, 4, 1, 2), (4, 1, 1, 64, 4, 1, 4), (8, 1, 2, 64, 4, 1, 1)),
-    *((4, 2, 1, 128, 3, 1, 1), (4, 4, 1, 64, 4, 1, 1), (12, 1, 1, 128, 3, 1, 1)),
-    *((16, 1, 1, 128, 3, 1, 1), (4, 1, 2, 128, 3, 0, 1), (8, 1, 2, 128, 3, 0, 1)),
-]
-
-_STEPS = ((128, 3), (128, 4), (128, 6), (256, 3), (256, 4))
-"""Values of k in a stage, and stages."""
-
-
-def _even_waves(n: int) -> list[tuple[int, ...]]:
-    """Cuts like those of _FEW whose blocks keep all multiprocessors busy to the end: one or two for each,
-    few left idle. (28672 channels are 256 blocks of 112: seven tiles.)"""
-    filled = {}
-    for warps_n, tiles in itertools.product(range(1, 9), (1, 2)):
-        blocks = -(-n // (cuda_layout.TILE * warps_n * tiles))
-        if blocks <= 2 * MULTIPROCESSORS:
-            filled[warps_n, tiles] = taken(blocks)
-    best = sorted(filled, key=lambda cut: -filled[cut])[:3]
-    return [
-        (warps_n, warps_k, tiles, step, stages, 0, 1)
-        for (warps_n, tiles), warps_k, (step, stages) in itertools.product(
-            best, (1, 2, 4, 8), _STEPS
-        )
-        if filled[warps_n, tiles] > 0.85 and 4 <= warps_n * warps_k <= 16
-    ]
-
-
-def stream_cuts(scheme: Scheme, n: int, k: int, rows: int) -> list[Shape]:
-    """The ways to cut ``cuda_stream``'s blocks that are worth a measurement: none for many rows."""
-    if rows > 256:
-        return []
-    form, even = cuda_layout.format_of(scheme), _even_waves(n)
-    parts: dict[int, Sequence[tuple[int, ...]]]
-    if rows > 16:
-        tokens = (128, 256) if rows > 128 else (min(-(-rows // 16) * 16, 128),)
-        parts = {count: _MANY for count in tokens}
-    elif rows > 1:
-        parts = {-(-rows // 8) * 8: [*_SOME, *even]}
-    else:  # or eight tokens by wgmma, which the kernel does not quantize
-        eight = [part for part in _SOME if part[5]] if form.x_bits == 16 else []
-        parts = {1: [*_FEW, *even], 8: eight}
-    pairs = [(count, part) for count in parts for part in dict.fromkeys(parts[count])]
-    found = []
-    for count, (warps_n, warps_k, tiles, step, stages, group, blocks) in pairs:
-        registers = tiles * count / 2 * (2 if form.chunk and form.x_bits == 8 and group else 1)
-        if registers > 128:
-            continue
-        one = Shape(warps_n, warps_k, tiles, count, step, stages, group, blocks)
-        programs = -(-n // one.rows) * -(-rows // count)
-        for splits, fixed in itertools.product((1, 2, 4), (0, 1)):
-            shape = one._replace(splits=splits, fixed=fixed)
-            if (splits == 1 or programs * splits <= 2 * MULTIPROCESSORS) and shape.fits(form, k):
-                found.append(shape)
-    return found
-
-
-TRIED = 24
-"""Cuts of ``cuda_pipeline`` that are worth a measurement. (Of 41 readings of few rows on an H200 the best of
-them was at most 4 % slower than the best of all, 0.1 % on average.)"""
-
-
-def pipeline_cuts(scheme: Scheme, n: int, k: int, rows: int, widened: bool = False) -> list[Cut]:
-    """The ways to cut ``cuda_pipeline``'s blocks that are worth a measurement."""
-    form = cuda_layout.format_of(scheme)
-    form = form.taking(torch.bfloat16) if widened else form
-    few = rows < cuda_cuts.BY_MODEL
-    tokens = (-(-rows // 16) * 16,) if few else cuda_cuts.token_counts(rows)
-    return cuda_cuts.cuts(form, n, k, rows, tokens)[:TRIED]
 
 
 @dataclass(frozen=True)
@@ -170,7 +81,7 @@ class Cutter:
 _STREAM = Cutter(
     section="shapes",
     cuts=stream_cuts,
-    pick=cuda_stream.shape_for,
+    pick=cuda_shapes.shape_for,
     compiled=cuda_stream.compiled,
     run=cuda_stream.run,
     taking=cuda_stream.quantizing,
@@ -320,9 +231,7 @@ def best(readings: Iterable[Reading]) -> dict[str, dict[str, list[Any]]]:
         first, speeds = 0, table["speeds"].setdefault(key(scheme, n, k), [])
         for rows, found in itertools.groupby(group, lambda r: r.rows):
             fastest = list(found)
-            if (
-                get_scheme(scheme).input is None
-            ):  # otherwise its quantization may not be in the reading
+            if get_scheme(scheme).input is None:  # else its quantization may not be in the reading
                 speeds.append([rows, round(fastest[0].bfloat16 / fastest[0].seconds, 2)])
             if not kernels or kernels[-1][0] != fastest[0].kernel:
                 kernels.append([fastest[0].kernel, first])

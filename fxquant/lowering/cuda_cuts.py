@@ -10,7 +10,7 @@ import torch
 
 from ..scheme import Scheme
 from .cuda_layout import Format, format_of
-from .cuda_stream import BUSY, Shape
+from .cuda_shapes import BUSY, Shape
 from .hopper import CLUSTERED, room
 from .tuning import measured_shape, proven_shapes, remembered, tuned_shapes
 

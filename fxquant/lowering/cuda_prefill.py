@@ -17,7 +17,8 @@ from . import nvrtc
 from .cost import roofline
 from .cuda_layout import STREAM, TILE, Format, format_of
 from .cuda_needs import COMMON, HALF, stream_holds
-from .cuda_stream import CODE, Shape, defines, text_of
+from .cuda_shapes import Shape
+from .cuda_stream import CODE, defines, text_of
 from .kernel import Problem, kernel
 from .triton_launch import LIBRARY, weight_bytes
 

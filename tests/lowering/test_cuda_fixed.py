@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fxquant.lowering import cuda_layout, cuda_stream
-from fxquant.lowering.cuda_stream import Shape
+from fxquant.lowering.cuda_shapes import Shape
 from fxquant.scheme import get_scheme
 from tests.lowering.test_cuda_kernels import needs_hopper
 

@@ -11,7 +11,7 @@ import pytest
 
 from fxquant.lowering import cuda_cuts, cuda_layout, cuda_pipeline, cuda_stream, nvrtc
 from fxquant.lowering.cuda_cuts import Cut
-from fxquant.lowering.cuda_stream import Shape
+from fxquant.lowering.cuda_shapes import Shape
 from fxquant.scheme import get_scheme
 
 triton = pytest.importorskip("triton")

@@ -9,7 +9,8 @@ import torch
 
 from fxquant.affine import pack_codes, storage_dtype
 from fxquant.lowering import cuda_layout, cuda_stream, tuning
-from fxquant.lowering.cuda_stream import BESIDE_CODES, LONGEST, Shape, quantizes
+from fxquant.lowering.cuda_shapes import BESIDE_CODES, Shape, plain_shape, shape_for
+from fxquant.lowering.cuda_stream import LONGEST, quantizes
 from fxquant.lowering.hopper import room
 from fxquant.lowering.kernel import KERNELS
 from fxquant.ops import bundle
@@ -112,8 +113,8 @@ def test_a_cut_for_more_tokens_is_not_taken_for_one_row(monkeypatch):
     monkeypatch.setattr(tuning, "tuned_table", lambda device: table)
     for scheme, tokens in (("int8dq", 1), ("int8wo", 8)):
         row = get_scheme(scheme)
-        assert cuda_stream.shape_for(row, 4096, 4096, 1, "some").tokens == tokens
-        assert cuda_stream.shape_for(row, 4096, 4096, 2, "some").tokens == 8
+        assert shape_for(row, 4096, 4096, 1, "some").tokens == tokens
+        assert shape_for(row, 4096, 4096, 2, "some").tokens == 8
     tuning.forget()
 
 
@@ -122,12 +123,12 @@ def test_its_codes_have_room_in_every_cut_for_one_row():
     for scheme, k in itertools.product(SCHEMES, (256, 4096, 14336, LONGEST)):
         row = get_scheme(scheme)
         form = cuda_layout.format_of(row)
-        shape = cuda_stream.shape_for(row, 28672, k, 1, "NVIDIA H200")
+        shape = shape_for(row, 28672, k, 1, "NVIDIA H200")
         own = cuda_stream.quantizing(form, torch.bfloat16)
         assert (
             shape.fits(form, k) and shape.fits(own, k) and not shape._replace(tokens=8).fits(own, k)
         )
         beside = shape.activations(own, k)
         assert beside >= BESIDE_CODES + k // shape.splits and shape.activations(form, k) == 0
-        plain = cuda_stream.plain_shape(form, k, 1)
+        plain = plain_shape(form, k, 1)
         assert room(plain.shared(own) + plain.activations(own, k), 1)

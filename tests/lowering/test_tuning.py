@@ -10,8 +10,8 @@ import torch
 
 import fxquant
 from fxquant import tuner
-from fxquant.lowering import cuda_cuts, cuda_layout, cuda_pipeline, cuda_stream, nvrtc, tuning
-from fxquant.lowering.cuda_stream import Shape
+from fxquant.lowering import cuda_cuts, cuda_layout, cuda_pipeline, nvrtc, tuning
+from fxquant.lowering.cuda_shapes import Shape, shape_for
 from fxquant.lowering.select import select
 from fxquant.lowering.tuning import (
     forget,
@@ -170,8 +170,8 @@ def test_a_cut_of_one_token_is_not_taken_for_several(monkeypatch):
     }
     table = {section: {} for section in tuning.SECTIONS} | {"shapes": cuts}
     monkeypatch.setattr(tuning, "tuned_table", lambda device: table)
-    assert cuda_stream.shape_for(row, 256, 4096, 1, "some") == Shape(1, 8, 1, 1, 128, 3)
-    several = cuda_stream.shape_for(row, 256, 4096, 8, "some")
+    assert shape_for(row, 256, 4096, 1, "some") == Shape(1, 8, 1, 1, 128, 3)
+    several = shape_for(row, 256, 4096, 8, "some")
     assert several == Shape(8, 1, 1, 8, 128, 4) and several.fits(form, 4096)
 
 

@@ -1,14 +1,14 @@
-// One row of activations, quantized per token by every block that multiplies it, as ``fxquant.quantize`` does (affine.py),
-// bit for bit but for the sign of zeros. A kernel ahead of this one that does it alone costs 2 to 4 us, a third of a small product; here weights
-// are on their way meanwhile.
+// One row of activations, quantized per token by every block that multiplies it, as ``fxquant.quantize`` does
+// (affine.py), bit for bit but for the sign of float8's zeros. A kernel ahead of this one that does it alone costs 2 to
+// 4 us, a third of a small product; here weights are on their way meanwhile.
 
 static_assert(X_TYPE == 0 || (TOKENS == 1 && !WARPGROUP && X_BITS == 8), "one row becomes codes");
 
 constexpr int LOADED = X_TYPE == 3 ? 4 : 8;  // numbers in 16 bytes
 constexpr int WARPS = THREADS / 32, EXTREMES = 3;
-constexpr int ROW_SCALE = EXTREMES * 32 * 4;                   // where its scale is, and its zero point
-constexpr int ROW_CODES = X_TYPE ? ROW_SCALE + 128 : 0;        // and where its codes begin
-constexpr float HALF_RANGE = FLOAT8 ? 448.0f : 127.5f;         // of the codes
+constexpr int ROW_SCALE = EXTREMES * 32 * 4;             // where its scale is, and its zero point
+constexpr int ROW_CODES = X_TYPE ? ROW_SCALE + 128 : 0;  // and where its codes begin
+constexpr float HALF_RANGE = FLOAT8 ? 448.0f : 127.5f;   // of the codes
 constexpr float SMALLEST = 1.17549435e-38f, LARGEST = 3.40282347e38f;
 
 struct Row {
