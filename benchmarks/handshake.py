@@ -57,10 +57,14 @@ class Kept:
         self.kernel, self.compiled = kernel, None
 
     def __getitem__(self, grid: Any) -> Any:
-        def launch(*args: Any, **options: Any) -> None:
+        def launch(*args: Any, **options: Any) -> Any:
             self.compiled = self.kernel[grid](*args, **options)
+            return self.compiled
 
         return launch
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.kernel, name)
 
     def places(self) -> list[str]:
         """Of the last launch, if there was one: "kernel+0x1a0". Raises CalledProcessError if its code

@@ -11,7 +11,8 @@ as there is one; llama.md is its table and llama.svg its plot, which ``--plot`` 
 tokens/s is the median wall clock of RUNS greedy runs. GB/s is what a step reads of the
 weights (codes, qparams, norms; no cache, no embedding table) per second. "model GB" is the same
 bytes, as torchao counts them. Peak memory is what the allocator reserved, conversion included.
-"compile s" is the first call. Prefill is one sequence, its last row's logits alone.
+"compile s" is the first call. Prefill is one sequence, its last row's logits alone; kernel by kernel as
+the host issues them (mode "default"), and as a CUDA graph (mode "reduce-overhead").
 """
 
 from __future__ import annotations
@@ -204,13 +205,15 @@ def decode(model: Decoder, args: argparse.Namespace, contender: str, batch: int)
     )
 
 
-def prefill(model: Decoder, args: argparse.Namespace, contender: str, batch: int) -> dict[str, Any]:
+def prefill(
+    model: Decoder, args: argparse.Namespace, contender: str, batch: int, mode: str
+) -> dict[str, Any]:
     """One prompt of ``args.prefill`` tokens through the model into the cache; host_ms: until it is issued."""
     random = torch.Generator().manual_seed(0)
     tokens = torch.randint(model.shape.vocab, (batch, args.prefill), generator=random)
     inputs = tokens.to(device()), torch.arange(args.prefill, device=device())
     with gate(args, COMPILING):
-        run = compiled(Generator(model, batch, args.prefill), contender, args.prefill_mode)
+        run = compiled(Generator(model, batch, args.prefill), contender, mode)
         reading = first_call(run, *inputs)
         run(*inputs)
     with gate(args, TIMING):
@@ -260,7 +263,7 @@ def phases(args: argparse.Namespace) -> list[dict[str, Any]]:
     found = [{"phase": "decode", "batch": b, "length": args.length} for b in args.batch]
     if args.prefill:
         prompt = {"phase": "prefill", "batch": 1, "length": args.prefill}
-        found.append(prompt | {"prefill_mode": args.prefill_mode})
+        found += [prompt | {"prefill_mode": mode} for mode in args.prefill_mode.split(",")]
     return found
 
 
@@ -282,8 +285,11 @@ def work(args: argparse.Namespace, contender: str) -> None:
                 torch.cuda.empty_cache()
                 torch.cuda.reset_peak_memory_stats()
             try:
-                measure = decode if phase["phase"] == "decode" else prefill
-                reading = common | measure(model, args, contender, phase["batch"])
+                if phase["phase"] == "decode":
+                    found = decode(model, args, contender, phase["batch"])
+                else:
+                    found = prefill(model, args, contender, phase["batch"], phase["prefill_mode"])
+                reading = common | found
                 peak = gigabytes(torch.cuda.max_memory_reserved)
                 reading["peak_gb"] = peak and max(peak, common["convert_peak_gb"])
             except Exception as error:
@@ -321,10 +327,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add = parser.add_argument
     add("--shape", choices=SHAPES, default="llama3-8b")
     add("--layers", type=int, default=0, help="cut the depth; 0: all")
-    add("--batch", default="1,16", help="batch sizes to decode at, separated by commas")
+    add("--batch", default="1,16", help="batch sizes to decode at, separated by commas; or none")
     add("--contenders", default=",".join(DEFAULT), help=f"of {', '.join(DEFAULT)} and others")
     add("--mode", default="reduce-overhead", help="torch.compile's, or eager")
-    add("--prefill-mode", default="default", help="the same for prefill")
+    add("--prefill-mode", default="default,reduce-overhead", help="those for prefill, one by one")
     add("--prompt", type=int, default=128)
     add("--tokens", type=int, default=128, help="decoded tokens that are timed")
     add("--length", type=int, default=256, help="of the cache for decoding")
@@ -342,7 +348,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--worker", default="", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     args.layers = args.layers or SHAPES[args.shape].layers
-    args.batch = [int(b) for b in args.batch.split(",")]
+    args.batch = [int(b) for b in args.batch.split(",")] if args.batch != "none" else []
     args.names = args.contenders.split(",")
     if unknown := sorted(set(args.names) - KNOWN):
         parser.error(f"unknown contenders {unknown}; known are {sorted(KNOWN)}")
@@ -381,7 +387,7 @@ def main(argv: list[str]) -> None:
 
         def publish(readings: list[dict[str, Any]]) -> None:
             shown = ["contender", "phase", "batch", "tokens_per_s"]
-            shown += ["prefill_ms", "compile_s", "failure"]
+            shown += ["prefill_mode", "prefill_ms", "host_ms", "compile_s", "failure"]
             for reading in readings:
                 print("  ", {k: reading[k] for k in shown if k in reading}, flush=True)
             with lock:

@@ -21,14 +21,15 @@ Reading = dict[str, Any]
 
 GROUP = ("device", "shape", "layers", "merged", "attention", "mode")
 """What readings must share to be compared."""
-KEY = (*GROUP, "contender", "phase", "batch", "length")
+KEY = (*GROUP, "contender", "phase", "batch", "length", "prefill_mode")
 """A reading with the same values of these replaces the older one."""
 ABOUT = (
     "tokens/s: wall clock of greedy decoding, the median of five runs; GB/s: codes, qparams and norms\n"
     "that a step reads, per second; model GB: the same bytes, without the table of embeddings; peak GB:\n"
     "reserved by the allocator, conversion included; compile: the first call, caches cold when a process\n"
-    "begins (its first batch size); prefill: one sequence; cosine: the first decoded logits to bfloat16's,\n"
-    "mean over the batch; repeats: all runs decode the same tokens. Weights are random: cosines say\n"
+    "begins (its first batch size); prefill: one sequence, issued kernel by kernel (mode default), and as\n"
+    "one CUDA graph (decoding's mode); cosine: the first decoded logits to bfloat16's, mean over the batch;\n"
+    "repeats: all runs decode the same tokens. Weights are random: cosines say\n"
     "that the arithmetic is right, not how good a real model is. lm_head is quantized like all linears.\n"
     "*: not in one run with the bf16 row. **: over torchao without its settings for Inductor (-untuned),\n"
     "where with them there is no reading."
@@ -37,7 +38,7 @@ ABOUT = (
 
 def merge(old: Iterable[Reading], new: Iterable[Reading]) -> list[Reading]:
     """All readings, of those with the same key the newest."""
-    return list({tuple(r[k] for k in KEY): r for r in [*old, *new]}.values())
+    return list({tuple(r.get(k) for k in KEY): r for r in [*old, *new]}.values())
 
 
 def compare(readings: Iterable[Reading], run: Reading, path: Callable[[int, str], Path]) -> None:
@@ -131,6 +132,8 @@ HEADERS = (
     "x bf16",
     "prefill ms",
     "x bf16",
+    "as a graph ms",
+    "x bf16",
     "quantize s",
     "cosine",
     "repeats",
@@ -140,14 +143,17 @@ HEADERS = (
 def table(readings: Sequence[Reading], prefills: Sequence[Reading]) -> str:
     """One group's table, a row for each contender, and below it what failed."""
     decoded = {r["contender"]: r for r in readings}
-    filled = {r["contender"]: r for r in prefills}
+    filled = {(r["contender"], r["prefill_mode"]): r for r in prefills}
     rows = []
     for name, r in decoded.items():
-        p = filled.get(name, {})
         theirs = (decoded.get(f"torchao-{name}{end}", {}) for end in ("", UNTUNED))
         twin = next((found for found in theirs if "tokens_per_s" in found), {})
         untuned = "tokens_per_s" in r and twin.get("contender", "").endswith(UNTUNED)
-        bf16, bf16_p = decoded.get("bf16", {}), filled.get("bf16", {})
+        bf16 = decoded.get("bf16", {})
+        prompts = [
+            [filled.get((which, mode), {}) for which in (name, "bf16")]
+            for mode in ("default", r["mode"])
+        ]
         alone = bf16 and r["date"] != bf16["date"]
         rows.append(
             (
@@ -160,8 +166,14 @@ def table(readings: Sequence[Reading], prefills: Sequence[Reading]) -> str:
                 _text(r.get("model_gb"), ".3f"),
                 _text(r.get("compile_s"), ".1f"),
                 _ratio(r, bf16, "compile_s"),
-                _text(p.get("prefill_ms"), ".1f"),
-                _ratio(bf16_p, p, "prefill_ms"),
+                *(
+                    text
+                    for mine, base in prompts
+                    for text in (
+                        _text(mine.get("prefill_ms"), ".1f"),
+                        _ratio(base, mine, "prefill_ms"),
+                    )
+                ),
                 _text(r.get("quantize_s"), ".1f"),
                 _text(r.get("cosine"), ".4f"),
                 {True: "yes", False: "NO"}.get(r.get("deterministic"), "-"),

@@ -179,6 +179,9 @@ class Scheme:
     sqnr: float
     summary: str
 
+    def __hash__(self) -> int:  # of what a launch looks up several times
+        return hash(self.name)
+
     @property
     def static(self) -> bool:
         """Whether one scale, known beforehand, serves the whole input."""

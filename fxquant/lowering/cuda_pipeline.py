@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import ctypes
 import struct
-from collections.abc import Sequence
-from functools import lru_cache
+from collections.abc import Callable, Sequence
+from functools import lru_cache, partial
 
 import sympy
 import torch
@@ -97,10 +97,22 @@ def blocks_of(cut: Cut, tiles: int, units: int) -> int:
 
 
 @lru_cache(maxsize=4096)
-def launch_of(form: Format, cut: Cut, n: int, m: int, units: int) -> tuple[int, int]:
-    """Blocks, and the bytes of shared memory of each."""
+def launch_of(
+    scheme: Scheme,
+    cut: Cut,
+    n: int,
+    m: int,
+    types: tuple[torch.dtype, torch.dtype, torch.dtype | None],
+    epilogue: str,
+    device: int,
+    units: int,
+) -> Callable[[bytes], None]:
+    """To be called with the arguments: the kernel for these types, its blocks and their shared memory."""
+    form = format_of(scheme).taking(types[0])
     blocks = blocks_of(cut, cut.tiles(n, m), units)
-    return blocks, spread(cut.shared(form), blocks, cut.splits, units)
+    shared = spread(cut.shared(form), blocks, cut.splits, units)
+    call = compiled(form, cut, *types, epilogue, device)
+    return partial(call.launch, (blocks, 1, 1), shared)
 
 
 def run(
@@ -117,12 +129,12 @@ def run(
 ) -> torch.Tensor:
     """One launch, cut as ``cut``: y[m, n] (of GATES [m, n / 2]) of contiguous x[m, k], x_scale float32 [m]
     and x_zero int32 [m]."""
-    packing, (m, k) = format_of(scheme), x.shape
-    form, per_row = packing.taking(x.dtype), packed[1].float().reshape(-1)
-    w_scale, w_sum = (None, per_row) if packing.x_zero else (per_row, None)
-    device = x.device.index
+    m, k = x.shape
     types = (x.dtype, dtype, None if bias is None else bias.dtype)
-    call = compiled(form, cut, *types, epilogue, device)
+    where = x.device.index, device_row(x.device).units
+    launch = launch_of(scheme, cut, n, m, types, epilogue, *where)
+    form, per_row = format_of(scheme), packed[1].float()
+    w_scale, w_sum = (None, per_row) if form.x_zero else (per_row, None)
     y = x.new_empty(m, outputs(n, epilogue), dtype=dtype)
     maps = tensor_map(x.data_ptr(), m, k * x.element_size(), cut.tokens)
     maps += tensor_map(packed[0].data_ptr(), n, k, TILE) if form.row_major else bytes(128)
@@ -130,9 +142,7 @@ def run(
     addresses = (0 if t is None else t.data_ptr() for t in pointers)
     arguments = maps + struct.pack("<7Q3i", *addresses, m, n, k)
     arguments += bytes(-len(arguments) % 64)  # the maps align the whole
-    blocks, shared = launch_of(form, cut, n, m, device_row(x.device).units)
-    with torch.cuda.device(device):
-        call.launch((blocks, 1, 1), arguments, shared)
+    launch(arguments)
     return y
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -125,12 +125,26 @@ def compiled(
 
 @lru_cache(maxsize=4096)
 def launch_of(
-    form: Format, shape: Shape, n: int, m: int, k: int, units: int
-) -> tuple[tuple[int, int, int], int]:
-    """The grid of blocks, and the bytes of shared memory of each; a launch outside of a graph asks again."""
+    scheme: Scheme,
+    shape: Shape,
+    n: int,
+    m: int,
+    k: int,
+    types: tuple[torch.dtype, torch.dtype, torch.dtype | None],
+    epilogue: str,
+    device: int,
+    units: int,
+) -> tuple[Callable[[bytes], None], int]:
+    """To be called with the arguments: the kernel for these types, its blocks and their shared memory. And what
+    the argument ``base`` is, by how the kernel unpacks."""
+    form = quantizing(format_of(scheme), types[0])
+    shape = shape.paired(form, k) if epilogue in GATES else shape
+    call = compiled(form, shape, *types, epilogue, device)
     grid = (-(-n // shape.rows), -(-m // shape.tokens), shape.splits)
     shared = shape.shared(form) + shape.activations(form, k)
-    return grid, spread(shared, math.prod(grid), shape.splits, units)
+    shared = spread(shared, math.prod(grid), shape.splits, units)
+    base = SIGNS if shape.fixed else BASE.get(types[0], 0)
+    return partial(call.launch, grid, shared), base
 
 
 def run(
@@ -147,20 +161,16 @@ def run(
 ) -> torch.Tensor:
     """One launch, cut as ``shape``: y[m, n] (of GATES [m, n / 2]) of contiguous x[m, k], x_scale float32
     [m] and x_zero int32 [m]; or of one row x[1, k] that the kernel quantizes as the scheme wants it."""
-    form, (m, k) = quantizing(format_of(scheme), x.dtype), x.shape
-    per_row = packed[1].float().reshape(-1)
-    w_scale, w_sum = (None, per_row) if form.x_zero else (per_row, None)
-    shape = shape.paired(form, k) if epilogue in GATES else shape
+    (m, k), per_row = x.shape, packed[1].float()
+    w_scale, w_sum = (None, per_row) if format_of(scheme).x_zero else (per_row, None)
     types = (x.dtype, dtype, None if bias is None else bias.dtype)
-    call = compiled(form, shape, *types, epilogue, x.device.index)
+    where = x.device.index, device_row(x.device).units
+    launch, base = launch_of(scheme, shape, n, m, k, types, epilogue, *where)
     y = x.new_empty(m, outputs(n, epilogue), dtype=dtype)
     pointers = (x, x_scale, x_zero, packed[0], w_scale, w_sum, bias, y)
     addresses = (0 if t is None else t.data_ptr() for t in pointers)
-    base = SIGNS if shape.fixed else BASE.get(x.dtype, 0)
     arguments = struct.pack("<8Q4iIi", *addresses, m, n, k, k * x.element_size(), base, 0)
-    grid, shared = launch_of(form, shape, n, m, k, device_row(x.device).units)
-    with torch.cuda.device(x.device):
-        call.launch(grid, arguments, shared)
+    launch(arguments)
     return y
 
 
@@ -175,6 +185,8 @@ def of_rows(qparam: torch.Tensor | None, m: int) -> torch.Tensor | None:
     if qparam is None:
         return None
     kind = torch.float32 if qparam.is_floating_point() else torch.int32
+    if qparam.dtype == kind and qparam.shape == (m, 1) and qparam.is_contiguous():
+        return qparam
     return qparam.to(kind).expand(m, 1).contiguous()
 
 

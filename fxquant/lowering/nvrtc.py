@@ -82,20 +82,25 @@ class Function:
 
     handle: Any
     threads: int
+    device: int
     overlap: bool
 
-    def launch(self, grid: tuple[int, int, int], arguments: bytes, shared: int = 0) -> None:
-        """Launch on torch's current stream with one struct as the argument. shared: bytes of shared memory.
+    def launch(self, grid: tuple[int, int, int], shared: int, arguments: bytes) -> None:
+        """Launch on torch's current stream of the device with one struct as the argument. shared: bytes of
+        shared memory.
 
         With ``overlap`` the kernel may start before its predecessor has ended (programmatic
         dependent launch); it waits inside.
         """
+        if torch.cuda.current_device() != self.device:
+            with torch.cuda.device(self.device):
+                return self.launch(grid, shared, arguments)
         driver, _ = bindings()
         config = driver.CUlaunchConfig()
         config.gridDimX, config.gridDimY, config.gridDimZ = grid
         config.blockDimX, config.blockDimY, config.blockDimZ = self.threads, 1, 1
         config.sharedMemBytes = shared
-        config.hStream = torch.cuda.current_stream().cuda_stream
+        config.hStream = torch._C._cuda_getCurrentRawStream(self.device)
         if self.overlap:
             config.attrs = [_overlap()]
             config.numAttrs = 1
@@ -104,6 +109,7 @@ class Function:
         (code,) = driver.cuLaunchKernelEx(config, self.handle, ctypes.addressof(pointers), 0)
         if int(code) != 0:
             raise RuntimeError(f"the launch of a CUDA kernel failed: {code.name}")
+        return None
 
 
 @lru_cache
@@ -149,4 +155,4 @@ def function(
     kernel = checked(driver.cuLibraryGetKernel(library, entry.encode()), entry)
     _allow_all_shared(kernel, device)
     handle = driver.CUfunction(int(kernel))
-    return Function(handle, threads, overlap=overlap and major >= 9)
+    return Function(handle, threads, device, overlap=overlap and major >= 9)

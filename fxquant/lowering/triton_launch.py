@@ -6,7 +6,7 @@ load, and ``HAS_TRITON`` makes every kernel's ``needs`` refuse.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import sympy
@@ -51,6 +51,49 @@ def define(schema: str, fake: Callable) -> Callable[[Callable], Callable]:
         return launch
 
     return register
+
+
+_STARTED: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
+
+
+def start(
+    kernel: Any,
+    programs: int,
+    arguments: Sequence[Any],
+    constants: Mapping[str, Any],
+    **options: Any,
+) -> None:
+    """``kernel[(programs,)](*arguments, **constants, **options)`` on the first argument's device, before the
+    previous kernel has ended if OVERLAP is true. constants: all that the kernel has, in their order.
+
+    Triton binds and looks at all of them for each launch, to find what it has compiled. From the second
+    launch with the same constants, of arguments of the same kinds, on, it is found by those.
+    """
+    if INTERPRET:
+        kernel[(programs,)](*arguments, **constants, **options)
+        return
+    kinds = tuple(_kind_of(argument) for argument in arguments)
+    key = (kernel, arguments[0].device, kinds, *constants.values(), *options.values())
+    found = _STARTED.get(key)
+    with torch.cuda.device_of(arguments[0]):
+        if found is not None:
+            compiled, rest = found
+            compiled[programs, 1, 1](*arguments, *rest)
+            return
+        names = kernel.arg_names[len(arguments) :]
+        assert names == list(constants), "the kernel's constants in their order"
+        early = {"launch_pdl": True} if constants.get("OVERLAP") else {}
+        compiled = kernel[(programs,)](*arguments, **constants, **options, **early)
+        _STARTED[key] = compiled, tuple(constants.values())
+
+
+def _kind_of(argument: Any) -> Any:
+    """What Triton compiles an argument for."""
+    if isinstance(argument, torch.Tensor):
+        return argument.dtype, argument.data_ptr() % 16 == 0
+    if argument is None:
+        return None
+    return argument == 1, argument % 16 == 0, argument.bit_length() > 31
 
 
 @jit
@@ -99,10 +142,9 @@ def wait_for_previous_kernel(OVERLAP: tl.constexpr):
         tl.extra.cuda.gdc_wait()
 
 
-def overlap(x: torch.Tensor) -> dict[str, bool]:
-    """How to launch a kernel on x's device that waits for the one ahead by itself."""
-    able = not INTERPRET and "sm90" in device_row(x.device).features
-    return {"OVERLAP": able} | ({"launch_pdl": True} if able else {})
+def overlaps(device: torch.device) -> bool:
+    """Whether a kernel with the constant OVERLAP may wait there by itself for the one ahead."""
+    return not INTERPRET and "sm90" in device_row(device).features
 
 
 class Tile(NamedTuple):
@@ -116,6 +158,14 @@ class Tile(NamedTuple):
 
     def programs(self, rows: int, n: int) -> int:
         return -(-rows // self.m) * -(-n // self.n)
+
+    @property
+    def constants(self) -> dict[str, int]:
+        return {"BLOCK_M": self.m, "BLOCK_N": self.n, "BLOCK_K": self.k}
+
+    @property
+    def options(self) -> dict[str, int]:
+        return {"num_warps": self.warps, "num_stages": self.stages}
 
 
 def pick(tiles: Sequence[tuple[int | None, Tile]], rows: int) -> Tile:

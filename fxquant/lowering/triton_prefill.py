@@ -33,6 +33,7 @@ from .triton_launch import (
     jit,
     k_at_most,
     output,
+    start,
     store,
     tile_of,
     tl,
@@ -177,24 +178,27 @@ def launch_tile(
     specialized = specialized and (tile.m >= 128 or tile.n >= 256)  # halves that fill a wgmma
     x, weight = aligned(x), aligned(weight)
     x_scale = x_scale.expand(rows, 1).contiguous()
+    arguments = (x, x_scale, weight, weight_scale.contiguous(), bias, y, rows, n, k)
+    constants = {
+        "HAS_BIAS": bias is not None,
+        "EPILOGUE": epilogue,
+        "ACC": tl.float32 if float8 else tl.int32,
+        # Hopper sums float8 products in 14 bits: move them into float32 after every step.
+        "IMPRECISE": tile.k if float8 else None,
+        "DESCRIBED": described,
+        "SPECIALIZED": specialized,
+        **tile.constants,
+    }
+    # Triton's count is that of one of the two groups that multiply.
+    options = tile._replace(warps=tile.warps // 2).options if specialized else tile.options
 
     def run() -> None:
         if not INTERPRET:
             triton.set_allocator(descriptors)
-        persistent_linear_kernel[(min(tile.programs(rows, n), units),)](
-            x, x_scale, weight, weight_scale.contiguous(), bias, y, rows, n, k,
-            HAS_BIAS=bias is not None, EPILOGUE=epilogue,
-            ACC=tl.float32 if float8 else tl.int32,
-            # Hopper sums float8 products in 14 bits: move them into float32 after every step.
-            IMPRECISE=tile.k if float8 else None,
-            DESCRIBED=described, SPECIALIZED=specialized,
-            BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k,
-            # Triton's count is that of one of the two groups that multiply.
-            num_warps=tile.warps // 2 if specialized else tile.warps, num_stages=tile.stages,
-        )  # fmt: skip
+        programs = min(tile.programs(rows, n), units)
+        start(persistent_linear_kernel, programs, arguments, constants, **options)
 
-    with torch.cuda.device_of(x):
-        copy_context().run(run)  # the allocator is set in this context alone
+    copy_context().run(run)  # the allocator is set in this context alone
     return y.to(dtype)
 
 

@@ -9,6 +9,9 @@ kernel or at the beginning of a graph, it takes 1 to 2 us more of few rows of 40
 
 from __future__ import annotations
 
+from functools import lru_cache
+from typing import Any, NamedTuple
+
 import torch
 
 from ..ops import GATES, outputs, quantize_fake
@@ -20,7 +23,8 @@ from .triton_launch import (
     activate,
     define,
     jit,
-    overlap,
+    overlaps,
+    start,
     tl,
     wait_for_previous_kernel,
 )
@@ -150,11 +154,11 @@ def parts_of(k: int) -> tuple[int, int]:
     return (whole // 2, rest) if whole // 2 + rest <= 0.75 * whole else (whole, 0)
 
 
-def warps_for(rows: int, values: int, units: int) -> int:
-    """Of a program that holds ``values``. Where every multiprocessor has a row, several programs of few warps
-    hide what one waits for. (2048 rows on an H200, 4 to 32 warps: of 4096 values 9.1, 10.1, 13.1 and 20.8 us;
-    of 14336, held as 16384, 35.1, 30.3, 34.6 and 36.7.)"""
-    many = 4 if values <= 4096 else max(values // 2048, 8)
+def warps_for(rows: int, values: int, units: int, share: int = 2048) -> int:
+    """Of a program that holds ``values``, a ``share`` for each where every multiprocessor has a row: several
+    programs of few warps hide what one waits for. (2048 rows to int8 on an H200, 4 to 32 warps: of 4096
+    values 7.4, 7.9, 9.3 and 13.8 us; of 14336, held as 16384, 27.1, 29.3, 27.1 and 29.9.)"""
+    many = 4 if values <= 4096 else max(values // share, 8)
     wanted = max(values // 512, 4) if rows < units else many
     # Triton's number of warps is a power of two, which values in two parts are not
     return min(1 << (wanted - 1).bit_length(), 32)
@@ -174,30 +178,58 @@ def quantize_rows(
     """Codes, scale and, for schemes that have one, zero point of x[rows, k], or, with one of GATES, of
     x[rows, 2 k], as ``fxquant.quantize``; what the gate makes is rounded once, to x's type. widened: what
     ``fxquant.widen`` makes of codes and zero point instead of them, k a multiple of 32."""
+    rows, k = x.shape[0], outputs(x.shape[1], gate)
+    plan = _plan(scheme, gate, widened, rows, k, x.device)
+    codes = x.new_empty((rows, k), dtype=plan.codes)
+    found = [codes, x.new_empty((rows, 1), dtype=torch.float32)]
+    if plan.zero:
+        found.append(x.new_empty((rows, 1), dtype=torch.int32))
+    if rows and k:
+        arguments = (x.contiguous(), codes, found[1], found[-1], k)
+        start(quantize_rows_kernel, rows, arguments, plan.constants, **plan.options)
+        if INTERPRET and not widened:
+            found[0] = codes.to(get_scheme(scheme).input.codes_dtype)  # type: ignore[union-attr]
+    return found
+
+
+class Plan(NamedTuple):
+    """How rows are quantized: the type of their codes, whether they have zero points, and the launch."""
+
+    codes: torch.dtype
+    zero: bool
+    constants: dict[str, Any]
+    options: dict[str, Any]
+
+
+@lru_cache(maxsize=4096)
+def _plan(scheme: str, gate: str, widened: bool, rows: int, k: int, device: torch.device) -> Plan:
     spec = get_scheme(scheme).input
     assert spec is not None
-    found = _fake(x, scheme, gate, widened)
-    rows, k = found[0].shape
-    if rows and k:
-        codes, scale = found[:2]
-        if INTERPRET and spec.dtype.is_floating_point:  # it does not round to float8 as a GPU does
-            codes = codes.float()
-        half = FLOAT8_LARGEST if spec.dtype.is_floating_point else (INT8.max - INT8.min) / 2
-        block, rest = parts_of(k)
-        units = device_row(x.device).units
-        with torch.cuda.device_of(x):
-            quantize_rows_kernel[(rows,)](
-                x.contiguous(), codes, scale, found[-1], k,
-                INVERSE=1 / half, ASYMMETRIC=spec.mapping == "asymmetric",
-                FLOAT8=spec.dtype.is_floating_point, BLOCK=block, REST=rest,
-                SMALLEST=SMALLEST, LARGEST=LARGEST,
-                GATE=GATES.get(gate, ""), FUSED=not INTERPRET, WIDENED=widened,
-                num_warps=warps_for(rows, (block + rest) * (2 if gate else 1), units),
-                enable_fp_fusion=False,
-                **overlap(x),
-            )  # fmt: skip
-        found[0] = codes if widened else codes.to(spec.codes_dtype)
-    return found
+    float8, asymmetric = spec.dtype.is_floating_point, spec.mapping == "asymmetric"
+    codes = torch.bfloat16 if widened else spec.codes_dtype
+    if INTERPRET and float8:  # it does not round to float8 as a GPU does
+        codes = torch.float32
+    half = FLOAT8_LARGEST if float8 else (INT8.max - INT8.min) / 2
+    block, rest = parts_of(k)
+    constants = {
+        "INVERSE": 1 / half,
+        "ASYMMETRIC": asymmetric,
+        "FLOAT8": float8,
+        "BLOCK": block,
+        "REST": rest,
+        "SMALLEST": SMALLEST,
+        "LARGEST": LARGEST,
+        "GATE": GATES.get(gate, ""),
+        "FUSED": not INTERPRET,
+        "WIDENED": widened,
+        "OVERLAP": overlaps(device),
+    }
+    # A gate computes more than it waits, where registers allow it. (As above with 4 to 32 warps, gated: 75.9,
+    # 53.0, 51.5 and 48.3 us, float8 81.6, 58.4, 55.6 and 48.5; asymmetric 85, 61, 56 and 74.)
+    values, share = (block + rest) * (2 if gate else 1), 1024 if gate and not asymmetric else 2048
+    warps = warps_for(rows, values, device_row(device).units, share)
+    options = {"num_warps": warps, "enable_fp_fusion": False}
+    return Plan(codes, asymmetric and not widened, constants, options)
 
 
 KNOWN = (

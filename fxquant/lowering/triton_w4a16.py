@@ -25,6 +25,7 @@ from .triton_launch import (
     operand,
     output,
     pick,
+    start,
     store,
     tile_of,
     tl,
@@ -152,19 +153,28 @@ def launch(
     if x_zero is not None:
         x_zero = x_zero.expand(rows, 1).contiguous()
     element = tl.bfloat16 if x.dtype == torch.bfloat16 else operand(x.dtype)
-    with torch.cuda.device_of(x):
-        group_linear_kernel[(tile.programs(rows, n),)](
-            x.view(WORDS[x.dtype.itemsize, per]), x_scale, x_zero, weight.contiguous(),
-            scale.contiguous(), None if zero is None else zero.contiguous(), weight_sum, bias, y,
-            rows, n, bytes_,
-            ELEMENT=element, OPERAND=operand(x.dtype),
-            HAS_X_SCALE=x_scale is not None, HAS_X_ZERO=x_zero is not None,
-            HAS_ZERO=zero is not None, HAS_BIAS=bias is not None, EPILOGUE=epilogue,
-            ACC=tl.int32 if integer else tl.float32,
-            BITS=bits, GROUP=group, EVEN=bytes_ % depth == 0,
-            BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_B=depth,
-            num_warps=tile.warps, num_stages=tile.stages,
-        )  # fmt: skip
+    arguments = (
+        *(x.view(WORDS[x.dtype.itemsize, per]), x_scale, x_zero, weight.contiguous()),
+        *(scale.contiguous(), None if zero is None else zero.contiguous(), weight_sum, bias, y),
+        *(rows, n, bytes_),
+    )
+    constants = {
+        "ELEMENT": element,
+        "OPERAND": operand(x.dtype),
+        "HAS_X_SCALE": x_scale is not None,
+        "HAS_X_ZERO": x_zero is not None,
+        "HAS_ZERO": zero is not None,
+        "HAS_BIAS": bias is not None,
+        "EPILOGUE": epilogue,
+        "ACC": tl.int32 if integer else tl.float32,
+        "BITS": bits,
+        "GROUP": group,
+        "EVEN": bytes_ % depth == 0,
+        "BLOCK_M": tile.m,
+        "BLOCK_N": tile.n,
+        "BLOCK_B": depth,
+    }
+    start(group_linear_kernel, tile.programs(rows, n), arguments, constants, **tile.options)
     return y.to(dtype)
 
 

@@ -22,6 +22,7 @@ from .triton_launch import (
     operand,
     output,
     pick,
+    start,
     store,
     tile_of,
     tl,
@@ -119,17 +120,21 @@ def launch(
     weight = weight.contiguous()
     if x_scale is not None:
         x_scale = x_scale.expand(rows, 1).contiguous()
-    with torch.cuda.device_of(x):
-        channel_linear_kernel[(tile.programs(rows, n),)](
-            x, x_scale, weight, weight_scale.contiguous(), bias, y, rows, n, k, x.stride(0),
-            HAS_X_SCALE=x_scale is not None, HAS_BIAS=bias is not None, EPILOGUE=epilogue,
-            OPERAND=operand(x.dtype), ACC=tl.int32 if integer else tl.float32,
-            # Hopper sums float8 products in 14 bits: move them into float32 after every step.
-            IMPRECISE=tile.k if float8 else None,
-            SWAP=x.dtype.itemsize != 1 or tile.m <= SWAP_UP_TO, EVEN_K=k % tile.k == 0,
-            BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k,
-            num_warps=tile.warps, num_stages=tile.stages,
-        )  # fmt: skip
+    scale = weight_scale.contiguous()
+    arguments = (x, x_scale, weight, scale, bias, y, rows, n, k, x.stride(0))
+    constants = {
+        "HAS_X_SCALE": x_scale is not None,
+        "HAS_BIAS": bias is not None,
+        "EPILOGUE": epilogue,
+        "OPERAND": operand(x.dtype),
+        "ACC": tl.int32 if integer else tl.float32,
+        # Hopper sums float8 products in 14 bits: move them into float32 after every step.
+        "IMPRECISE": tile.k if float8 else None,
+        "SWAP": x.dtype.itemsize != 1 or tile.m <= SWAP_UP_TO,
+        "EVEN_K": k % tile.k == 0,
+        **tile.constants,
+    }
+    start(channel_linear_kernel, tile.programs(rows, n), arguments, constants, **tile.options)
     return y.to(dtype)
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 
 from ..ops import define
-from .triton_launch import HAS_TRITON, LIBRARY, jit, overlap, tl, wait_for_previous_kernel
+from .triton_launch import HAS_TRITON, LIBRARY, jit, overlaps, start, tl, wait_for_previous_kernel
 
 BLOCK = (2, 4, 2, 2)
 """Of k: the half, the lane, the pair, and which of the pair."""
@@ -49,11 +49,9 @@ def launch(codes: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
     if out.numel():
         count = 1 << (k - 1).bit_length()
         zero = zero.expand(rows, 1).contiguous()
-        with torch.cuda.device_of(codes):
-            widen_kernel[(rows,)](
-                codes.contiguous(), zero, out, k,
-                COUNT=count, num_warps=min(max(count // 1024, 4), 16), **overlap(codes),
-            )  # fmt: skip
+        constants = {"COUNT": count, "OVERLAP": overlaps(codes.device)}
+        warps = min(max(count // 1024, 4), 16)
+        start(widen_kernel, rows, (codes.contiguous(), zero, out, k), constants, num_warps=warps)
     return out
 
 

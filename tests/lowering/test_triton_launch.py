@@ -1,0 +1,90 @@
+"""Launches of Triton kernels that are found by what they were compiled for."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fxquant.lowering import triton_launch
+from fxquant.lowering.triton_launch import start
+
+
+class Compiled:
+    """What Triton returns for a launch: it can be launched by itself, with all constants."""
+
+    def __init__(self):
+        self.launches: list[tuple] = []
+
+    def __getitem__(self, grid):
+        return lambda *args: self.launches.append((grid, args))
+
+
+class Kernel:
+    """A kernel of two arguments and two constants that counts how often Triton binds it."""
+
+    def __init__(self):
+        self.arg_names = ["x", "count", "BLOCK", "OVERLAP"]
+        self.bound: list[tuple] = []
+        self.compiled: list[Compiled] = []
+
+    def __getitem__(self, grid):
+        def launch(*args, **options):
+            self.bound.append((grid, args, options))
+            self.compiled.append(Compiled())
+            return self.compiled[-1]
+
+        return launch
+
+
+@pytest.fixture
+def kernel(monkeypatch):
+    monkeypatch.setattr(triton_launch, "INTERPRET", False)
+    return Kernel()
+
+
+X = torch.zeros(8, dtype=torch.bfloat16)
+CONSTANTS = {"BLOCK": 32, "OVERLAP": False}
+
+
+def test_triton_binds_a_launch_once(kernel):
+    for programs in (3, 5):
+        start(kernel, programs, (X, 32), CONSTANTS, num_warps=4)
+    assert kernel.bound == [((3,), (X, 32), {**CONSTANTS, "num_warps": 4})]
+    assert kernel.compiled[0].launches == [((5, 1, 1), (X, 32, 32, False))]
+
+
+@pytest.mark.parametrize(
+    "arguments, constants, options",
+    [
+        ((X.float(), 32), {}, {}),
+        ((X[1:], 32), {}, {}),  # no longer on 16 bytes
+        ((None, 32), {}, {}),
+        ((X, 33), {}, {}),
+        ((X, 1), {}, {}),
+        ((X, 1 << 36), {}, {}),
+        ((X, 32), {"BLOCK": 64}, {}),
+        ((X, 32), {}, {"num_warps": 8}),
+    ],
+)
+def test_what_triton_compiles_for_is_told_apart(kernel, arguments, constants, options):
+    start(kernel, 1, (X, 32), CONSTANTS, num_warps=4)
+    if arguments[0] is None:
+        kernel.arg_names = ["y", *kernel.arg_names]
+        start(kernel, 1, (X, X, 32), CONSTANTS, num_warps=4)
+        start(kernel, 1, (X, *arguments), CONSTANTS, num_warps=4)
+        assert len(kernel.bound) == 3
+        return
+    start(kernel, 1, arguments, CONSTANTS | constants, **{"num_warps": 4, **options})
+    assert len(kernel.bound) == 2
+    start(kernel, 1, (X, 48), CONSTANTS, num_warps=4)
+    assert len(kernel.bound) == 2, "another multiple of 16 is of the same kind"
+
+
+def test_a_kernel_that_waits_by_itself_may_begin_early(kernel):
+    start(kernel, 1, (X, 32), CONSTANTS | {"OVERLAP": True}, num_warps=4)
+    assert kernel.bound[0][2]["launch_pdl"] is True
+
+
+def test_constants_that_the_kernel_has_elsewhere_are_refused(kernel):
+    with pytest.raises(AssertionError, match="in their order"):
+        start(kernel, 1, (X, 32), {"OVERLAP": False, "BLOCK": 32}, num_warps=4)
