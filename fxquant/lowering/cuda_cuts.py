@@ -28,8 +28,9 @@ for float8.)"""
 
 class Cut(NamedTuple):
     """How a block of threads is cut. warpgroups: that multiply, each ``64 * row_tiles`` channels; step:
-    values of k in a stage; blocks: on a multiprocessor; splits: blocks of a cluster that share k, of all
-    tiles where they find places at once, or of the last ones, which do not fill a wave."""
+    values of k in a stage, whole units of the weight or half a one; blocks: on a multiprocessor; splits:
+    blocks of a cluster that share k, of all tiles where they find places at once, or of the last ones, which
+    do not fill a wave."""
 
     warpgroups: int
     row_tiles: int
@@ -127,7 +128,8 @@ class Cut(NamedTuple):
 
     def fits(self, form: Format, k: int) -> bool:
         """Whether the kernel can be cut like this."""
-        fits = k % self.step == 0 and self.step % form.unit == 0
+        halved = form.unit == 2 * self.step and form.x_bits == 16 and k % form.unit == 0
+        fits = k % self.step == 0 and (self.step % form.unit == 0 or halved)
         fits = fits and self.shape.fits_wgmma(form, fetched=True) and self.tokens % 16 == 0
         fits = fits and self.row_tiles * self.warpgroups <= 8 and self.tokens <= 256
         fits = fits and self.sums(form) + SPARE <= self.registers

@@ -56,9 +56,13 @@ class Format(NamedTuple):
         return self.chunk or BLOCK
 
     @property
+    def qparam_bytes(self) -> int:
+        """Of a tile, for one unit."""
+        return (64 if self.zero else 32) if self.chunk else 0
+
+    @property
     def unit_bytes(self) -> int:
-        qparams = (64 if self.zero else 32) if self.chunk else 0
-        return self.unit * TILE * self.bits // 8 + qparams
+        return self.unit * TILE * self.bits // 8 + self.qparam_bytes
 
 
 @lru_cache

@@ -52,7 +52,9 @@ class Shape(NamedTuple):
     def stage_bytes(self, form: Format, fetched: bool = False) -> int:
         """Bytes of one stage of the pipeline, ``fetched`` by the copy engine or in whole lines by threads."""
         row = self.step * form.x_bits // 8
-        tile = self.step // form.unit * form.unit_bytes
+        tile = (
+            self.step * TILE * form.bits // 8 + max(self.step // form.unit, 1) * form.qparam_bytes
+        )
         if form.row_major:
             tile = TILE * (row if fetched or row % 128 == 0 else row + 16)
         elif not fetched:

@@ -135,8 +135,8 @@ def launch_of(
     device: int,
     units: int,
 ) -> tuple[Callable[[bytes], None], int]:
-    """To be called with the arguments: the kernel for these types, its blocks and their shared memory. And what
-    the argument ``base`` is, by how the kernel unpacks."""
+    """To be called with the arguments: the kernel for these types, its blocks and their shared memory. And
+    the argument ``base``, which depends on how the kernel unpacks."""
     form = quantizing(format_of(scheme), types[0])
     shape = shape.paired(form, k) if epilogue in GATES else shape
     call = compiled(form, shape, *types, epilogue, device)

@@ -40,6 +40,10 @@ constexpr int QPARAM_BYTES = GROUPED ? (ZERO ? 64 : 32) : 0;
 constexpr int UNIT = GROUPED ? CHUNK : 32;
 constexpr int UNIT_BYTES = UNIT / 32 * BLOCK_BYTES + QPARAM_BYTES;
 
+// A stage may have half a unit: first the second half, which the qparams follow, then the first one.
+constexpr bool HALVED = UNIT == 2 * STEP;
+constexpr int HALF_BYTES = STEP / 32 * BLOCK_BYTES;
+
 // What threads copy lies in shared memory as it does in lines of 128 bytes in memory: two parts of a line in two
 // lines are two writes. (An H200, one row of 28672 x 4096 8-bit weights, 16 bytes off: 31.1 us instead of 27.7.)
 __device__ __forceinline__ constexpr int whole_lines(int bytes) { return (bytes + 127) / 128 * 128; }
@@ -55,7 +59,8 @@ constexpr int X_BYTES = MADE ? 0 : WARPGROUP ? TOKENS * X_ROW : whole_lines(TOKE
 // and is read as the activations are; whole lines of it are swizzled instead.
 constexpr bool ROW_MAJOR = BITS == 8 && X_BITS == 8;
 constexpr bool SWIZZLED = ROW_MAJOR && STEP % 128 == 0;
-constexpr int PIECE_ROW = ROW_MAJOR ? STEP : STEP / UNIT * UNIT_BYTES;  // contiguous in memory
+constexpr int WHOLE_UNITS = STEP / UNIT * UNIT_BYTES;
+constexpr int PIECE_ROW = ROW_MAJOR ? STEP : HALVED ? HALF_BYTES + QPARAM_BYTES : WHOLE_UNITS;  // contiguous in memory
 constexpr int PIECE_STRIDE = FETCHED ? PIECE_ROW : ROW_MAJOR && !SWIZZLED ? STRIDE : whole_lines(PIECE_ROW);
 constexpr int PIECE_ROWS = ROW_MAJOR ? 16 : 1;  // of them in a tile
 constexpr int STEP_BYTES = PIECE_ROWS * PIECE_STRIDE;

@@ -1,5 +1,5 @@
 // One stage of the pipeline: weights out of shared memory, unpacked in registers, times activations in shared
-// memory, onto the sums of a warp.
+// memory, onto the sums of a warp. ``qparams``: the weights of the stage which has those of half a unit.
 
 // Where the lanes' rows of 16 bytes are, for ldmatrix of 8 tokens from that piece of theirs on. One token is the
 // first column; the others, which nobody looks at, are other pieces of it, so that no two rows share a bank.
@@ -58,9 +58,9 @@ __device__ __forceinline__ void multiply_codes(u32 weights, u32 x, int lane, u32
 }
 
 // Block number ``block`` of a tile, with the qparams of the unit that it begins or goes on with
-__device__ __forceinline__ void unpack(u32 tile, int block, int lane, Qparams& q, u32 (&a)[2][4]) {
-  const u32 unit = tile + block / (UNIT / 32) * UNIT_BYTES;
-  if (GROUPED && block % (UNIT / 32) == 0) q = load_qparams(unit + UNIT_BYTES - QPARAM_BYTES, lane >> 2);
+__device__ __forceinline__ void unpack(u32 tile, u32 qparams, int block, int lane, Qparams& q, u32 (&a)[2][4]) {
+  const u32 unit = tile + block / (UNIT / 32) * UNIT_BYTES, follow = HALVED ? HALF_BYTES : UNIT_BYTES - QPARAM_BYTES;
+  if (GROUPED && block % (UNIT / 32) == 0) q = load_qparams(unit - tile + qparams + follow, lane >> 2);
   const u32 mine = unit + block % (UNIT / 32) * BLOCK_BYTES + lane * (BLOCK_BYTES / 32);
   widen_weights(load_shared<BITS / 2>(mine), q, 0, a);
 }
@@ -71,7 +71,7 @@ constexpr int AT_ONCE = TOKENS <= 32 && STEP % 128 == 0 ? 2 : 1;
 // stage unpacks first must not be what this one unpacked last.
 static_assert(!WARPGROUP || STEP / 32 / AT_ONCE % 2 == 0, "groups of products take turns");
 
-__device__ __forceinline__ void multiply(u32 weights, u32 x, int lane, u32 base, Sums& sums) {
+__device__ __forceinline__ void multiply(u32 weights, u32 qparams, u32 x, int lane, u32 base, Sums& sums) {
   if (SCALE_SUMS) return multiply_codes(weights, x, lane, base, sums);
   Qparams q[ROW_TILES];
 #if WARPGROUP
@@ -81,7 +81,7 @@ __device__ __forceinline__ void multiply(u32 weights, u32 x, int lane, u32 base,
 #pragma unroll
     for (int i = 0; i < AT_ONCE; ++i)
 #pragma unroll
-      for (int r = 0; r < ROW_TILES; ++r) unpack(weights + r * STEP_BYTES, first + i, lane, q[r], a[i][r]);
+      for (int r = 0; r < ROW_TILES; ++r) unpack(weights + r * STEP_BYTES, qparams + r * STEP_BYTES, first + i, lane, q[r], a[i][r]);
     begin_products();
 #pragma unroll
     for (int i = 0; i < AT_ONCE; ++i)
@@ -96,7 +96,7 @@ __device__ __forceinline__ void multiply(u32 weights, u32 x, int lane, u32 base,
   for (int block = 0; block < STEP / 32; ++block) {
     u32 a[ROW_TILES][2][4];
 #pragma unroll
-    for (int r = 0; r < ROW_TILES; ++r) unpack(weights + r * STEP_BYTES, block, lane, q[r], a[r]);
+    for (int r = 0; r < ROW_TILES; ++r) unpack(weights + r * STEP_BYTES, qparams + r * STEP_BYTES, block, lane, q[r], a[r]);
 #pragma unroll
     for (int j = 0; j < TOKEN_TILES; ++j) {
       const Words<4> b = load_matrices<4>(x + token_address(lane, block * 4) + j * 8 * STRIDE);
@@ -127,7 +127,7 @@ __device__ __forceinline__ void load_weights(u32 tile, int block, int lane, u32 
 
 #if CHUNK == 0
 
-__device__ __forceinline__ void multiply(u32 weights, u32 x, int lane, u32 base, Sums& sums) {
+__device__ __forceinline__ void multiply(u32 weights, u32 qparams, u32 x, int lane, u32 base, Sums& sums) {
 #pragma unroll
   for (int block = 0; block < STEP / 32; ++block) {
     u32 a[ROW_TILES][4];
@@ -170,7 +170,7 @@ __device__ __forceinline__ void load_scales(u32 unit, int lane, float (&scale)[2
 
 #if WARPGROUP
 
-__device__ __forceinline__ void multiply(u32 weights, u32 x, int lane, u32 base, Sums& sums) {
+__device__ __forceinline__ void multiply(u32 weights, u32 qparams, u32 x, int lane, u32 base, Sums& sums) {
   typedef int Part[TOKEN_TILES][4];
   u32 a[PARTS][DEPTH][4];
   float scale[PARTS][2];
@@ -197,7 +197,7 @@ __device__ __forceinline__ void multiply(u32 weights, u32 x, int lane, u32 base,
 
 #else
 
-__device__ __forceinline__ void multiply(u32 weights, u32 x, int lane, u32 base, Sums& sums) {
+__device__ __forceinline__ void multiply(u32 weights, u32 qparams, u32 x, int lane, u32 base, Sums& sums) {
 #pragma unroll
   for (int chunk = 0; chunk < STEP / UNIT; ++chunk) {
     u32 a[ROW_TILES][DEPTH][4];

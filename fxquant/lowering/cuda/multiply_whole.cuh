@@ -37,7 +37,7 @@ __device__ __forceinline__ void multiply_apart(u32 weights, u32 x, Sums& sums) {
   in_turns<STEP / 128 * ROW_TILES, Sum>(begin, move);
 }
 
-__device__ __forceinline__ void multiply(u32 weights, u32 x, int lane, u32 base, Sums& sums) {
+__device__ __forceinline__ void multiply(u32 weights, u32 qparams, u32 x, int lane, u32 base, Sums& sums) {
   if constexpr (FLOAT8)
     multiply_apart(weights, x, sums);
   else

@@ -111,15 +111,25 @@ struct Walk {
     tile += gridDim.x;
     if (!split) share();
   }
-  // Its stages: the first, and how many further the next is
-  __device__ __forceinline__ int first() const { return split ? blockIdx.x % SPLITS : 0; }
-  __device__ __forceinline__ int stride() const { return split ? SPLITS : 1; }
+  // Its stages: the first, and the one after stage ``i``; halves of a unit stay together
+  __device__ __forceinline__ int first() const { return (split ? blockIdx.x % SPLITS : 0) * (HALVED ? 2 : 1); }
+  __device__ __forceinline__ int after(int i) const {
+    const int further = split ? SPLITS : 1;
+    if (!HALVED) return i + further;
+    return i % 2 == 0 ? i + 1 : i - 1 + 2 * further;
+  }
   __device__ __forceinline__ int2 at() const {  // (channels, tokens), in tiles
     const int band = tile / (BAND * tiles_n), inside = tile - band * BAND * tiles_n;
     const int width = min(BAND, tiles_m - band * BAND);
     return make_int2(inside / width, band * BAND + inside % width);
   }
 };
+
+// Where in k stage ``i`` begins, in steps
+__device__ __forceinline__ int step_of(int i) { return HALVED ? i ^ 1 : i; }
+
+// Bytes of a tile of the weight in stage ``i``
+__device__ __forceinline__ u32 bytes_of(int i) { return HALVED && i % 2 != 0 ? HALF_BYTES : STEP_BYTES; }
 
 // What stage ``i`` has of a tile of the weight
 __device__ __forceinline__ void fetch_weights(const Arguments& p, u32 to, int tile, int i, u32 barrier, u64 policy, int lane) {
@@ -132,8 +142,9 @@ __device__ __forceinline__ void fetch_weights(const Arguments& p, u32 to, int ti
     for (int s = 0; s < STEP / 128; ++s)
       fetch_box(to + s * 64 * 128, p.rows, i * STEP + s * 128, tile * 16, barrier, policy);
   } else {
-    const char* from = p.weight + static_cast<u64>(tile) * (p.k / UNIT) * UNIT_BYTES + i * STEP_BYTES;
-    fetch_bulk(to + lane * STEP_BYTES, from, STEP_BYTES, barrier, policy);
+    const char* from = p.weight + static_cast<u64>(tile) * (p.k / UNIT) * UNIT_BYTES;
+    from += HALVED ? i / 2 * UNIT_BYTES + (i % 2 == 0 ? HALF_BYTES : 0) : i * STEP_BYTES;
+    fetch_bulk(to + lane * STEP_BYTES, from, bytes_of(i), barrier, policy);
   }
 }
 
@@ -147,15 +158,15 @@ __device__ __forceinline__ bool fetch(const Arguments& p, u32 ring, u32 full, u3
     const int2 at = walk.at();
     const int tile = min(tile_at(at.x * TILES + lane, p.n), last);
     split = walk.split;
-    for (int i = walk.first(); i < steps; i += walk.stride()) {
+    for (int i = walk.first(); i < steps; i = walk.after(i)) {
       const u32 stage = ring + place.stage * STAGE_BYTES, barrier = full + 8 * place.stage;
       barrier_wait(empty + 8 * place.stage, place.phase ^ 1);
-      if (lane == 0) barrier_expect(barrier, X_BYTES + TILES * STEP_BYTES);
+      if (lane == 0) barrier_expect(barrier, X_BYTES + TILES * bytes_of(i));
       __syncwarp();
       if (lane < TILES) fetch_weights(p, stage + X_BYTES, tile, i, barrier, weights_policy, lane);
       if (!waited) wait_for_previous_kernel(), waited = true;  // the weight is nobody's output, x is
       if (lane < X_ROW / 128)
-        fetch_box(stage + lane * (TOKENS * 128), p.x, (i * (X_ROW / 128) + lane) * 128, at.y * TOKENS, barrier, again);
+        fetch_box(stage + lane * (TOKENS * 128), p.x, (step_of(i) * (X_ROW / 128) + lane) * 128, at.y * TOKENS, barrier, again);
       place.next();
     }
   }
@@ -320,10 +331,12 @@ __device__ __forceinline__ void consume(const Arguments& p, u32 memory, u32 full
     Sums sums = {};
     int before = -1;
 #pragma unroll 1  // copies of it would have to move the sums, and ptxas would have products wait for each other
-    for (int i = walk.first(); i < steps; i += walk.stride()) {
+    for (int i = walk.first(); i < steps; i = walk.after(i)) {
       barrier_wait(full + 8 * place.stage, place.phase);
       const u32 stage = memory + place.stage * STAGE_BYTES;
-      multiply(stage + X_BYTES + first * W_BYTES, stage, lane, 0, sums);
+      const u32 weights = stage + X_BYTES + first * W_BYTES;
+      const u32 qparams = HALVED && i % 2 != 0 ? weights + (before - place.stage) * STAGE_BYTES : weights;
+      multiply(weights, qparams, stage, lane, 0, sums);
       if (before >= 0) release(before);
       before = place.stage;
       place.next();

@@ -147,7 +147,7 @@ extern "C" __global__ void __cluster_dims__(1, 1, SPLITS) __launch_bounds__(THRE
     if constexpr (FIXED)
       multiply_fixed(weights, x, lane, p.base, sums);
     else
-      multiply(weights, x, lane, p.base, sums);
+      multiply(weights, weights, x, lane, p.base, sums);
   }
 
 #if WARPGROUP
