@@ -14,7 +14,7 @@ from functools import lru_cache, partial
 import sympy
 import torch
 
-from ..ops import outputs
+from ..ops import GATES, outputs
 from ..scheme import Scheme
 from . import nvrtc
 from .cuda_cuts import Cut, cut_for, widened_cut_for
@@ -66,29 +66,62 @@ def compiled(
     )
 
 
-@lru_cache(maxsize=1 << 14)  # one for each weight of a large model
-def tensor_map(address: int, rows: int, row_bytes: int, box_rows: int) -> bytes:
-    """The descriptor with which the copy engine fetches 128 bytes of ``box_rows`` rows, swizzled."""
+def tensor_map(
+    address: int,
+    unit: int,
+    sizes: Sequence[int],
+    strides: Sequence[int],
+    box: Sequence[int],
+    *,
+    swizzled: bool,
+) -> bytes:
+    """The descriptor with which the copy engine fetches a box of a tensor at ``address``, in elements of
+    ``unit`` bytes, 1 or 8, whose strides but the first are given in bytes."""
     driver, _ = nvrtc.bindings()
-    size = driver.cuuint64_t
-    one = driver.cuuint32_t(1)
+    types, swizzles = driver.CUtensorMapDataType, driver.CUtensorMapSwizzle
+    size, count = driver.cuuint64_t, driver.cuuint32_t
     made = nvrtc.checked(
         driver.cuTensorMapEncodeTiled(
-            driver.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_UINT8,
-            2,
+            getattr(types, f"CU_TENSOR_MAP_DATA_TYPE_UINT{8 * unit}"),
+            len(sizes),
             address,
-            [size(row_bytes), size(rows)],
-            [size(row_bytes)],
-            [driver.cuuint32_t(128), driver.cuuint32_t(box_rows)],
-            [one, one],
+            [size(n) for n in sizes],
+            [size(n) for n in strides],
+            [count(n) for n in box],
+            [count(1)] * len(sizes),
             driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
-            driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B,
+            getattr(swizzles, f"CU_TENSOR_MAP_SWIZZLE_{'128B' if swizzled else 'NONE'}"),
             driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
             driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
         ),
         "tensor map",
     )
     return ctypes.string_at(int(made.getPtr()), 128)
+
+
+@lru_cache(maxsize=1 << 14)  # one for each weight of a large model
+def map_of_rows(address: int, rows: int, row_bytes: int, box_rows: int, box_bytes: int) -> bytes:
+    """Of rows as they lie: a box is so many, and ``box_bytes`` of each, 128 after 128, swizzled."""
+    sizes, strides = (128, rows, row_bytes // 128), (row_bytes, 128)
+    return tensor_map(address, 1, sizes, strides, (128, box_rows, box_bytes // 128), swizzled=True)
+
+
+@lru_cache(maxsize=1 << 14)
+def map_of_tiles(address: int, form: Format, cut: Cut, n: int, k: int, gated: bool) -> bytes:
+    """Of a stream (``cuda_layout``): a box is what a stage has of a block's tiles, one after another; gated,
+    of both halves in turns. A box has up to 256 elements of 8 bytes, those of a stage come in pieces."""
+    halves, tiles, of_block = 1 + gated, -(-n // TILE), cut.rows // TILE
+    tile_bytes, stage = k // form.unit * form.unit_bytes, cut.shape.tile_bytes(form)
+    if cut.step < form.unit:
+        piece, pieces = form.unit_bytes, 1
+        box = stage
+    else:
+        pieces = next(p for p in range(1, stage) if stage <= 2048 * p and stage % (16 * p) == 0)
+        box = piece = stage // pieces
+    sizes = (piece // 8, tile_bytes // piece, halves, tiles // halves)
+    strides = (piece, tiles // halves * tile_bytes, tile_bytes)
+    boxes = (box // 8, pieces, halves, of_block // halves)
+    return tensor_map(address, 8, sizes, strides, boxes, swizzled=False)
 
 
 def blocks_of(cut: Cut, tiles: int, units: int) -> int:
@@ -136,8 +169,12 @@ def run(
     form, per_row = format_of(scheme), packed[1].float()
     w_scale, w_sum = (None, per_row) if form.x_zero else (per_row, None)
     y = x.new_empty(m, outputs(n, epilogue), dtype=dtype)
-    maps = tensor_map(x.data_ptr(), m, k * x.element_size(), cut.tokens)
-    maps += tensor_map(packed[0].data_ptr(), n, k, TILE) if form.row_major else bytes(128)
+    size, w = x.element_size(), packed[0].data_ptr()
+    maps = map_of_rows(x.data_ptr(), m, k * size, cut.tokens, cut.step * size)
+    if form.row_major:
+        maps += map_of_rows(w, n, k, TILE, 128)
+    else:
+        maps += map_of_tiles(w, form, cut, n, k, epilogue in GATES)
     pointers = (x_scale, x_zero, packed[0], w_scale, w_sum, bias, y)
     addresses = (0 if t is None else t.data_ptr() for t in pointers)
     arguments = maps + struct.pack("<7Q3i", *addresses, m, n, k)

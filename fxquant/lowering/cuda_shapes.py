@@ -49,12 +49,13 @@ class Shape(NamedTuple):
     def one_row(self) -> bool:
         return self.tokens == 1 and not self.warpgroup
 
+    def tile_bytes(self, form: Format) -> int:
+        """Of the weight's tile in a stage, without gaps: whole units, or half a one."""
+        return self.step * TILE * form.bits // 8 + max(self.step // form.unit, 1) * form.qparam_bytes
+
     def stage_bytes(self, form: Format, fetched: bool = False) -> int:
         """Bytes of one stage of the pipeline, ``fetched`` by the copy engine or in whole lines by threads."""
-        row = self.step * form.x_bits // 8
-        tile = (
-            self.step * TILE * form.bits // 8 + max(self.step // form.unit, 1) * form.qparam_bytes
-        )
+        row, tile = self.step * form.x_bits // 8, self.tile_bytes(form)
         if form.row_major:
             tile = TILE * (row if fetched or row % 128 == 0 else row + 16)
         elif not fetched:

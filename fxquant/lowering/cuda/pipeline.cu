@@ -10,8 +10,8 @@
 // idle, a cluster of SPLITS blocks splits k; its partial sums are added in a fixed order.
 
 struct Arguments {
-  __align__(64) char x[128];  // tensor map of [m, k]: 128 bytes of k by TOKENS, swizzled
-  char rows[128];             // ROW_MAJOR: of the weight [n, k], 128 bytes by a tile
+  __align__(64) char x[128];  // tensor map of [m, k]: 128 bytes of k by TOKENS, swizzled, as often as a stage has it
+  char w[128];  // of the weight's tiles: what a stage has of TILES; ROW_MAJOR: of [n, k], 128 bytes by a tile
   const float* x_scale;
   const int* x_zero;
   const char* weight;
@@ -63,18 +63,19 @@ __device__ __forceinline__ void barrier_arrive(u32 at) {
   asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(at) : "memory");
 }
 
-__device__ __forceinline__ void fetch_bulk(u32 to, const char* from, u32 bytes, u32 barrier, u64 policy) {
+__device__ __forceinline__ void fetch_box(u32 to, const char* map, int row, int part, u32 barrier, u64 policy) {
   asm volatile(
-      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(to),
-      "l"(from), "r"(bytes), "r"(barrier), "l"(policy)
+      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint"
+      " [%0], [%1, {0, %2, %3}], [%4], %5;" ::"r"(to),
+      "l"(map), "r"(row), "r"(part), "r"(barrier), "l"(policy)
       : "memory");
 }
 
-__device__ __forceinline__ void fetch_box(u32 to, const char* map, int column, int row, u32 barrier, u64 policy) {
+__device__ __forceinline__ void fetch_tiles(u32 to, const char* map, int at, int part, int pair, u32 barrier, u64 policy) {
   asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint"
-      " [%0], [%1, {%2, %3}], [%4], %5;" ::"r"(to),
-      "l"(map), "r"(column), "r"(row), "r"(barrier), "l"(policy)
+      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint"
+      " [%0], [%1, {%2, %3, 0, %4}], [%5], %6;" ::"r"(to),
+      "l"(map), "r"(at), "r"(part), "r"(pair), "r"(barrier), "l"(policy)
       : "memory");
 }
 
@@ -128,45 +129,66 @@ struct Walk {
 // Where in k stage ``i`` begins, in steps
 __device__ __forceinline__ int step_of(int i) { return HALVED ? i ^ 1 : i; }
 
-// Bytes of a tile of the weight in stage ``i``
-__device__ __forceinline__ u32 bytes_of(int i) { return HALVED && i % 2 != 0 ? HALF_BYTES : STEP_BYTES; }
+// Pieces of a tile's bytes in a stage, as large as a box may be (cuda_pipeline.py)
+__device__ __forceinline__ constexpr int pieces() {
+  int count = 1;
+  while (STEP_BYTES / count > 2048 || STEP_BYTES % (16 * count) != 0) ++count;
+  return count;
+}
 
-// What stage ``i`` has of a tile of the weight
-__device__ __forceinline__ void fetch_weights(const Arguments& p, u32 to, int tile, int i, u32 barrier, u64 policy, int lane) {
+// What stage ``i`` has of a block's tiles of the weight. (One instruction for all: the copy engine takes its time for
+// each.)
+__device__ __forceinline__ void fetch_weights(const Arguments& p, u32 to, int block, int i, u32 barrier, u64 policy, int lane) {
   if constexpr (ROW_MAJOR) {
     // wgmma takes 64 rows as they follow each other: a tile of each of four warps
     constexpr int OF_GROUP = 4 * ROW_TILES;
+    const int tile = min(tile_at(block * TILES + lane, p.n), (p.n + 15) / 16 - 1);
     const int warp = lane % OF_GROUP / ROW_TILES, r = lane % ROW_TILES;
     to += lane / OF_GROUP * OF_GROUP * STEP_BYTES + r * 4 * STEP_BYTES + warp * 16 * 128;
 #pragma unroll
     for (int s = 0; s < STEP / 128; ++s)
-      fetch_box(to + s * 64 * 128, p.rows, i * STEP + s * 128, tile * 16, barrier, policy);
-  } else {
-    const char* from = p.weight + static_cast<u64>(tile) * (p.k / UNIT) * UNIT_BYTES;
-    from += HALVED ? i / 2 * UNIT_BYTES + (i % 2 == 0 ? HALF_BYTES : 0) : i * STEP_BYTES;
-    fetch_bulk(to + lane * STEP_BYTES, from, bytes_of(i), barrier, policy);
+      if (lane < TILES) fetch_box(to + s * 64 * 128, p.w, tile * 16, i * (STEP / 128) + s, barrier, policy);
+  } else if (lane == 0) {  // gated, tiles of both halves are in turns: the map has pairs
+    const int at = HALVED ? (i % 2 == 0 ? HALF_BYTES / 8 : 0) : 0;
+    const int part = HALVED ? i / 2 : i * pieces();
+    fetch_tiles(to, p.w, at, part, block * (GATED ? TILES / 2 : TILES), barrier, policy);
   }
 }
 
-// Whether the last tile was split
+// Whether the last tile was split. Before the previous kernel has ended the ring is filled with weights, which are
+// nobody's output, as x is.
 __device__ __forceinline__ bool fetch(const Arguments& p, u32 ring, u32 full, u32 empty, int lane) {
-  const int steps = p.k / STEP, last = (p.n + 15) / 16 - 1;
+  const int steps = p.k / STEP;
   const u64 again = keep_policy(true), weights_policy = keep_policy(p.m > TOKENS);
-  bool waited = false, split = false;
+  auto begin = [&](int block, int i, const Place& place) {
+    const u32 stage = ring + place.stage * STAGE_BYTES, barrier = full + 8 * place.stage;
+    if (lane == 0) barrier_expect(barrier, X_BYTES + TILES * STEP_BYTES);
+    __syncwarp();
+    fetch_weights(p, stage + X_BYTES, block, i, barrier, weights_policy, lane);
+  };
+  int begun = 0;
+  Walk walk(p);
+  {
+    Place place;
+    const int block = walk.at().x;
+    for (int i = walk.first(); walk.more() && i < steps && begun < STAGES; i = walk.after(i), ++begun, place.next())
+      begin(block, i, place);
+  }
+  wait_for_previous_kernel();
+  bool split = false;
   Place place;
-  for (Walk walk(p); walk.more(); walk.next()) {
+  for (; walk.more(); walk.next()) {
     const int2 at = walk.at();
-    const int tile = min(tile_at(at.x * TILES + lane, p.n), last);
     split = walk.split;
     for (int i = walk.first(); i < steps; i = walk.after(i)) {
+      if (begun > 0) {
+        --begun;
+      } else {
+        barrier_wait(empty + 8 * place.stage, place.phase ^ 1);
+        begin(at.x, i, place);
+      }
       const u32 stage = ring + place.stage * STAGE_BYTES, barrier = full + 8 * place.stage;
-      barrier_wait(empty + 8 * place.stage, place.phase ^ 1);
-      if (lane == 0) barrier_expect(barrier, X_BYTES + TILES * bytes_of(i));
-      __syncwarp();
-      if (lane < TILES) fetch_weights(p, stage + X_BYTES, tile, i, barrier, weights_policy, lane);
-      if (!waited) wait_for_previous_kernel(), waited = true;  // the weight is nobody's output, x is
-      if (lane < X_ROW / 128)
-        fetch_box(stage + lane * (TOKENS * 128), p.x, (step_of(i) * (X_ROW / 128) + lane) * 128, at.y * TOKENS, barrier, again);
+      if (lane == 0) fetch_box(stage, p.x, at.y * TOKENS, step_of(i) * (X_ROW / 128), barrier, again);
       place.next();
     }
   }
