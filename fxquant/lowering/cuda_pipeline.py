@@ -107,6 +107,19 @@ def map_of_rows(address: int, rows: int, row_bytes: int, box_rows: int, box_byte
 
 
 @lru_cache(maxsize=1 << 14)
+def map_of_weight(address: int, n: int, k: int, step: int, gated: bool) -> bytes:
+    """Of a weight of 8 bits [n, k]: a box is 64 of its rows, as of ``map_of_rows``; gated, 16 of each half in
+    turns."""
+    if gated:
+        sizes, strides = (128, TILE, 2, n // (2 * TILE), k // 128), (k, n // 2 * k, TILE * k, 128)
+        box = (128, TILE, 2, 2, step // 128)
+    else:
+        sizes, strides = (128, n, 1, 1, k // 128), (k, n * k, n * k, 128)
+        box = (128, 4 * TILE, 1, 1, step // 128)
+    return tensor_map(address, 1, sizes, strides, box, swizzled=True)
+
+
+@lru_cache(maxsize=1 << 14)
 def map_of_tiles(address: int, form: Format, cut: Cut, n: int, k: int, gated: bool) -> bytes:
     """Of a stream (``cuda_layout``): a box is what a stage has of a block's tiles, one after another; gated,
     of both halves in turns. A box has up to 256 elements of 8 bytes, those of a stage come in pieces."""
@@ -172,7 +185,7 @@ def run(
     size, w = x.element_size(), packed[0].data_ptr()
     maps = map_of_rows(x.data_ptr(), m, k * size, cut.tokens, cut.step * size)
     if form.row_major:
-        maps += map_of_rows(w, n, k, TILE, 128)
+        maps += map_of_weight(w, n, k, cut.step, epilogue in GATES)
     else:
         maps += map_of_tiles(w, form, cut, n, k, epilogue in GATES)
     pointers = (x_scale, x_zero, packed[0], w_scale, w_sum, bias, y)

@@ -51,7 +51,9 @@ class Shape(NamedTuple):
 
     def tile_bytes(self, form: Format) -> int:
         """Of the weight's tile in a stage, without gaps: whole units, or half a one."""
-        return self.step * TILE * form.bits // 8 + max(self.step // form.unit, 1) * form.qparam_bytes
+        return (
+            self.step * TILE * form.bits // 8 + max(self.step // form.unit, 1) * form.qparam_bytes
+        )
 
     def stage_bytes(self, form: Format, fetched: bool = False) -> int:
         """Bytes of one stage of the pipeline, ``fetched`` by the copy engine or in whole lines by threads."""

@@ -14,10 +14,13 @@ from tests.lowering.test_cuda_kernels import needs_hopper
 
 SHARED = ("int4wo-64", "int4wo-128", "int8wo", "8da4w-32", "8da4w-128", "int8dq", "fp8dq")
 
+GATED = ("int4wo-64", "int4wo-128", "int8dq")
+
 
 @needs_hopper
 @pytest.mark.parametrize(
-    "scheme, gate", [*((scheme, "") for scheme in SHARED), ("int4wo-64", "silu_mul")]
+    "scheme, gate",
+    [*((scheme, "") for scheme in SHARED), *((scheme, "silu_mul") for scheme in GATED)],
 )
 @torch.no_grad()
 def test_the_last_tiles_are_shared(scheme, gate):

@@ -11,7 +11,7 @@
 
 struct Arguments {
   __align__(64) char x[128];  // tensor map of [m, k]: 128 bytes of k by TOKENS, swizzled, as often as a stage has it
-  char w[128];  // of the weight's tiles: what a stage has of TILES; ROW_MAJOR: of [n, k], 128 bytes by a tile
+  char w[128];  // of the weight's tiles: what a stage has of them; ROW_MAJOR: of 64 rows of [n, k], as of x
   const float* x_scale;
   const int* x_zero;
   const char* weight;
@@ -42,6 +42,12 @@ constexpr int PART_BYTES = PART * PART_PITCH;
 constexpr int PARTS_AT = STAGES * STAGE_BYTES;
 constexpr int BARRIERS_AT = PARTS_AT + WARPS_N / 4 * PART_BYTES;
 
+// Which of a block's tiles is tile ``r`` of a warp. Of 8-bit ones wgmma takes 64 rows as they follow each other: a
+// tile of each of four warps.
+__device__ __forceinline__ int tile_of(int warp, int r) {
+  return ROW_MAJOR ? (warp / 4 * ROW_TILES + r) * 4 + warp % 4 : warp * ROW_TILES + r;
+}
+
 __device__ __forceinline__ void barrier_init(u32 at, int count) {
   asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(at), "r"(count) : "memory");
 }
@@ -63,11 +69,19 @@ __device__ __forceinline__ void barrier_arrive(u32 at) {
   asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(at) : "memory");
 }
 
-__device__ __forceinline__ void fetch_box(u32 to, const char* map, int row, int part, u32 barrier, u64 policy) {
+__device__ __forceinline__ void fetch_tokens(u32 to, const char* map, int row, int part, u32 barrier, u64 policy) {
   asm volatile(
       "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint"
       " [%0], [%1, {0, %2, %3}], [%4], %5;" ::"r"(to),
       "l"(map), "r"(row), "r"(part), "r"(barrier), "l"(policy)
+      : "memory");
+}
+
+__device__ __forceinline__ void fetch_rows(u32 to, const char* map, int row, int pair, int part, u32 barrier, u64 policy) {
+  asm volatile(
+      "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint"
+      " [%0], [%1, {0, %2, 0, %3, %4}], [%5], %6;" ::"r"(to),
+      "l"(map), "r"(row), "r"(pair), "r"(part), "r"(barrier), "l"(policy)
       : "memory");
 }
 
@@ -139,16 +153,12 @@ __device__ __forceinline__ constexpr int pieces() {
 // What stage ``i`` has of a block's tiles of the weight. One instruction for all: with one for each tile the copy
 // engine held up what multiplies. (An H200, 256 rows of 4096 x 14336 in int4wo-64: 47.4 and 43.3 us.)
 __device__ __forceinline__ void fetch_weights(const Arguments& p, u32 to, int block, int i, u32 barrier, u64 policy, int lane) {
+  // Gated, tiles of both halves are in turns: the maps have pairs.
   if constexpr (ROW_MAJOR) {
-    // wgmma takes 64 rows as they follow each other: a tile of each of four warps
-    constexpr int OF_GROUP = 4 * ROW_TILES;
-    const int tile = min(tile_at(block * TILES + lane, p.n), (p.n + 15) / 16 - 1);
-    const int warp = lane % OF_GROUP / ROW_TILES, r = lane % ROW_TILES;
-    to += lane / OF_GROUP * OF_GROUP * STEP_BYTES + r * 4 * STEP_BYTES + warp * 16 * 128;
-#pragma unroll
-    for (int s = 0; s < STEP / 128; ++s)
-      if (lane < TILES) fetch_box(to + s * 64 * 128, p.w, tile * 16, i * (STEP / 128) + s, barrier, policy);
-  } else if (lane == 0) {  // gated, tiles of both halves are in turns: the map has pairs
+    const int tile = block * TILES + lane * 4;
+    if (lane < TILES / 4)
+      fetch_rows(to + lane * 4 * STEP_BYTES, p.w, GATED ? 0 : tile * 16, GATED ? tile / 2 : 0, i * (STEP / 128), barrier, policy);
+  } else if (lane == 0) {
     const int at = HALVED ? (i % 2 == 0 ? HALF_BYTES / 8 : 0) : 0;
     const int part = HALVED ? i / 2 : i * pieces();
     fetch_tiles(to, p.w, at, part, block * (GATED ? TILES / 2 : TILES), barrier, policy);
@@ -172,7 +182,7 @@ __device__ __forceinline__ bool fetch(const Arguments& p, u32 ring, u32 full, u3
       __syncwarp();
       fetch_weights(p, stage + X_BYTES, at.x, i, barrier, weights_policy, lane);
       if (!waited) wait_for_previous_kernel(), waited = true;
-      if (lane == 0) fetch_box(stage, p.x, at.y * TOKENS, step_of(i) * (X_ROW / 128), barrier, again);
+      if (lane == 0) fetch_tokens(stage, p.x, at.y * TOKENS, step_of(i) * (X_ROW / 128), barrier, again);
       place.next();
     }
   }
@@ -205,7 +215,7 @@ __device__ __forceinline__ void write(const Arguments& p, u32 part, int2 at, int
   for (int r = 0; r < ROW_TILES; ++r)
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int tile = tile_at(first_tile + warp % 4 * ROW_TILES + r, p.n);
+      const int tile = tile_at(at.x * TILES + tile_of(warp, r), p.n);
       const int n = min(tile * 16 + lane / 4 + 8 * half, p.n - 1);
       scale[r][half] = SCALED ? p.w_scale[n] * SUM_FACTOR : 1.0f;
       w_sum[r][half] = X_ZERO ? p.w_sum[n] : 0.0f;
@@ -240,7 +250,7 @@ __device__ __forceinline__ void write(const Arguments& p, u32 part, int2 at, int
           pair[i] = narrow(y[0], Y_TYPE) | static_cast<u32>(narrow(y[1], Y_TYPE)) << 16;
         }
         const int token = 8 * (j + lane / 16) - first + lane % 8;
-        const u32 to = part + token * PART_PITCH + 2 * ((warp % 4 * ROW_TILES + r) * 16 + lane / 8 % 2 * 8);
+        const u32 to = part + token * PART_PITCH + 2 * (tile_of(warp, r) % (4 * ROW_TILES) * 16 + lane / 8 % 2 * 8);
         asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(pair[0]),
                      "r"(pair[1]), "r"(pair[2]), "r"(pair[3])
                      : "memory");
@@ -279,7 +289,7 @@ __device__ __forceinline__ void reduce(const Arguments& p, u32 memory, int2 at, 
     for (int j = 0; j < TOKEN_TILES; ++j)
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const int token = 8 * j + 2 * (lane % 4) + i % 2, row = (warp * ROW_TILES + r) * 16 + lane / 4 + 8 * (i / 2);
+        const int token = 8 * j + 2 * (lane % 4) + i % 2, row = tile_of(warp, r) * 16 + lane / 4 + 8 * (i / 2);
         asm volatile("st.shared.b32 [%0], %1;" ::"r"(memory + 4 * (token * PITCH + row)), "r"(bits_of(sums[r][j][i]))
                      : "memory");
       }
