@@ -50,6 +50,12 @@ def test_the_last_tiles_are_shared(scheme, gate):
         rest = (*operands, packed, None, n, gate, torch.bfloat16)
         shared = cutter.run(row, cut, *rest)
         whole = cutter.run(row, cut._replace(splits=1), *rest)
-        near = {"rtol": 2.0**-6, "atol": 1e-7} if gate else {"rtol": 0, "atol": 0}
-        torch.testing.assert_close(shared, whole, **near, msg=lambda text: f"{cut}, {n}: {text}")  # noqa: B023
+        allowed = torch.zeros(())
+        if (
+            gate
+        ):  # halves are rounded before it, which silu makes 1 + |x| times as much, and the product
+            halves = cutter.run(row, cut._replace(splits=1), *rest[:-2], "", torch.bfloat16)
+            allowed = (4 + halves[:, : n // 2].float().abs()) * 2.0**-8 * whole.float().abs()
+        difference = (shared.float() - whole.float()).abs()
+        assert (difference <= allowed.to(difference.device)).all(), (cut, n)
         assert torch.equal(cutter.run(row, cut, *rest), shared), "bit-identical from run to run"
