@@ -28,7 +28,7 @@ ABOUT = (
     "that a step reads, per second; model GB: the same bytes, without the table of embeddings; peak GB:\n"
     "reserved by the allocator, conversion included; compile: the first call, caches cold when a process\n"
     "begins (its first batch size); prefill: one sequence, issued kernel by kernel (mode default), and as\n"
-    "one CUDA graph (decoding's mode); cosine: the first decoded logits to bfloat16's, mean over the batch;\n"
+    "one CUDA graph (reduce-overhead); cosine: the first decoded logits to bfloat16's, mean over the batch;\n"
     "repeats: all runs decode the same tokens. Weights are random: cosines say\n"
     "that the arithmetic is right, not how good a real model is. lm_head is quantized like all linears.\n"
     "*: not in one run with the bf16 row. **: over torchao without its settings for Inductor (-untuned),\n"
@@ -120,6 +120,9 @@ def page(report: dict[str, Any]) -> str:
     return "\n".join(parts)
 
 
+PREFILLS = ("default", "reduce-overhead")
+"""How a prompt is compiled: kernel by kernel, and as one CUDA graph. Readings of other modes are listed."""
+
 HEADERS = (
     "",
     "tokens/s",
@@ -150,10 +153,7 @@ def table(readings: Sequence[Reading], prefills: Sequence[Reading]) -> str:
         twin = next((found for found in theirs if "tokens_per_s" in found), {})
         untuned = "tokens_per_s" in r and twin.get("contender", "").endswith(UNTUNED)
         bf16 = decoded.get("bf16", {})
-        prompts = [
-            [filled.get((which, mode), {}) for which in (name, "bf16")]
-            for mode in ("default", r["mode"])
-        ]
+        prompts = [[filled.get((which, mode), {}) for which in (name, "bf16")] for mode in PREFILLS]
         alone = bf16 and r["date"] != bf16["date"]
         rows.append(
             (
@@ -171,7 +171,8 @@ def table(readings: Sequence[Reading], prefills: Sequence[Reading]) -> str:
                     for mine, base in prompts
                     for text in (
                         _text(mine.get("prefill_ms"), ".1f"),
-                        _ratio(base, mine, "prefill_ms"),
+                        _ratio(base, mine, "prefill_ms")
+                        + " *" * (base.get("date") != mine.get("date") and bool(base and mine)),
                     )
                 ),
                 _text(r.get("quantize_s"), ".1f"),
@@ -181,11 +182,15 @@ def table(readings: Sequence[Reading], prefills: Sequence[Reading]) -> str:
         )
     text = tabulate(rows, headers=HEADERS, tablefmt="github", disable_numparse=True)
     for r in (*readings, *prefills):
-        where = f"{r['contender']}, {r['phase']} {r['length'] if r['phase'] == 'prefill' else ''}"
+        mode = r.get("prefill_mode", "default")
+        prompt = f" {r['length']} ({mode})" if r["phase"] == "prefill" else ""
+        where = f"\n\n{r['contender']}, {r['phase']}{prompt}"
         if "failure" in r:
-            text += f"\n\n{where.strip()} failed: {' '.join(r['failure'].split())[:240]}"
+            text += f"{where} failed: {' '.join(r['failure'].split())[:240]}"
         elif not r["finite"]:
-            text += f"\n\n{where.strip()}: the logits are NOT finite"
+            text += f"{where}: the logits are NOT finite"
+        elif mode not in PREFILLS:
+            text += f"{where}: {r['prefill_ms']:.1f} ms"
     return text
 
 

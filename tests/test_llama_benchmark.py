@@ -239,7 +239,9 @@ def test_a_contender_without_time_is_a_row_that_says_so(llama, tmp_path, capsys,
     found = json.loads((tmp_path / "out" / "llama.json").read_text())
     assert [r["failure"] for r in found["readings"]] == ["no result within 0 s"] * 3
     assert found["machines"]["cpu"]["torch"] == torch.__version__
-    assert "bf16, prefill 8 failed: no result" in (tmp_path / "out" / "llama.md").read_text()
+    assert (
+        "bf16, prefill 8 (eager) failed: no result" in (tmp_path / "out" / "llama.md").read_text()
+    )
     assert "no plot" in capsys.readouterr().out
 
 
@@ -268,6 +270,7 @@ def test_merge_keeps_the_newest_of_each_key(report):
 
 def test_the_table_compares_with_bf16_and_with_torchaos_same_scheme(report):
     prefill = {"phase": "prefill", "length": 2048, "prefill_mode": "default"}
+    graph = {"prefill_mode": "reduce-overhead"}
     readings = [
         reading("bf16", tokens_per_s=200.0, gb_per_s=3000.0, compile_s=20.0, peak_gb=16.5),
         reading("int4wo-64", tokens_per_s=500.0, compile_s=25.0, cosine=0.98765),
@@ -278,8 +281,9 @@ def test_the_table_compares_with_bf16_and_with_torchaos_same_scheme(report):
         reading("bf16", prefill_ms=72.0, **prefill),
         reading("int4wo-64", prefill_ms=80.0, **prefill),
         reading("torchao-int4wo-64", failure="RuntimeError: slow", **prefill),
-        reading("bf16", prefill_ms=70.0, **prefill | {"prefill_mode": TINY["mode"]}),
-        reading("int4wo-64", prefill_ms=35.0, **prefill | {"prefill_mode": TINY["mode"]}),
+        reading("bf16", prefill_ms=70.0, **prefill | graph),
+        reading("int4wo-64", prefill_ms=35.0, **prefill | graph | {"date": "yesterday"}),
+        reading("bf16", prefill_ms=90.0, **prefill | {"prefill_mode": "eager"}),
         reading("bf16", batch=16, tokens_per_s=1.0),
     ]
     text = report.page({"machines": {"H": {"torch": "2"}}, "readings": readings})
@@ -290,14 +294,15 @@ def test_the_table_compares_with_bf16_and_with_torchaos_same_scheme(report):
     assert (ours["tokens/s"], ours["x torchao"], ours["compile s"]) == ("500.0", "2.00", "25.0")
     assert ours["cosine"] == "0.9877" and ours["prefill ms"] == "80.0"
     places = [i for i, header in enumerate(rows[0]) if header == "x bf16"]
-    assert [rows[3][i] for i in places] == ["2.50", "1.25", "0.90", "2.00"]
+    assert [rows[3][i] for i in places] == ["2.50", "1.25", "0.90", "2.00 *"]
     assert ours["as a graph ms"] == "35.0"
     assert by_name["torchao-int4wo-64"]["repeats"] == "NO"
     assert by_name["torchao-int8wo"]["tokens/s"] == "-"
     assert by_name["int8wo *"]["tokens/s"] == "300.0"
     assert by_name["int8wo *"]["x torchao"] == "2.00 **", "of the one that there is, and marked"
     assert "torchao-int8wo, decode failed: no result within 90 s" in text
-    assert "torchao-int4wo-64, prefill 2048 failed: RuntimeError: slow" in text
+    assert "torchao-int4wo-64, prefill 2048 (default) failed: RuntimeError: slow" in text
+    assert "bf16, prefill 2048 (eager): 90.0 ms" in text
 
 
 def test_a_reading_that_failed_is_compared_with_nothing(report):

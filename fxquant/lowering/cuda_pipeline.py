@@ -99,14 +99,14 @@ def tensor_map(
     return ctypes.string_at(int(made.getPtr()), 128)
 
 
-@lru_cache(maxsize=1 << 14)  # one for each weight of a large model
+@lru_cache(maxsize=4096)
 def map_of_rows(address: int, rows: int, row_bytes: int, box_rows: int, box_bytes: int) -> bytes:
     """Of rows as they lie: a box is so many, and ``box_bytes`` of each, 128 after 128, swizzled."""
     sizes, strides = (128, rows, row_bytes // 128), (row_bytes, 128)
     return tensor_map(address, 1, sizes, strides, (128, box_rows, box_bytes // 128), swizzled=True)
 
 
-@lru_cache(maxsize=1 << 14)
+@lru_cache(maxsize=1 << 14)  # one for each weight of a large model
 def map_of_weight(address: int, n: int, k: int, step: int, gated: bool) -> bytes:
     """Of a weight of 8 bits [n, k]: a box is 64 of its rows, as of ``map_of_rows``; gated, 16 of each half in
     turns."""
@@ -122,7 +122,8 @@ def map_of_weight(address: int, n: int, k: int, step: int, gated: bool) -> bytes
 @lru_cache(maxsize=1 << 14)
 def map_of_tiles(address: int, form: Format, cut: Cut, n: int, k: int, gated: bool) -> bytes:
     """Of a stream (``cuda_layout``): a box is what a stage has of a block's tiles, one after another; gated,
-    of both halves in turns. A box has up to 256 elements of 8 bytes, those of a stage come in pieces."""
+    of both halves in turns. A box has up to 256 elements, of 8 bytes, in each dimension: those of a stage
+    come in pieces."""
     halves, tiles, of_block = 1 + gated, -(-n // TILE), cut.rows // TILE
     tile_bytes, stage = k // form.unit * form.unit_bytes, cut.shape.tile_bytes(form)
     if cut.step < form.unit:
@@ -188,9 +189,9 @@ def run(
         maps += map_of_weight(w, n, k, cut.step, epilogue in GATES)
     else:
         maps += map_of_tiles(w, form, cut, n, k, epilogue in GATES)
-    pointers = (x_scale, x_zero, packed[0], w_scale, w_sum, bias, y)
+    pointers = (x_scale, x_zero, w_scale, w_sum, bias, y)
     addresses = (0 if t is None else t.data_ptr() for t in pointers)
-    arguments = maps + struct.pack("<7Q3i", *addresses, m, n, k)
+    arguments = maps + struct.pack("<6Q3i", *addresses, m, n, k)
     arguments += bytes(-len(arguments) % 64)  # the maps align the whole
     launch(arguments)
     return y

@@ -84,7 +84,8 @@ def start(
         assert names == list(constants), "the kernel's constants in their order"
         early = {"launch_pdl": True} if constants.get("OVERLAP") else {}
         compiled = kernel[(programs,)](*arguments, **constants, **options, **early)
-        _STARTED[key] = compiled, tuple(constants.values())
+        if compiled is not None:  # a hook of Triton's may have declined
+            _STARTED[key] = compiled, tuple(constants.values())
 
 
 def _kind_of(argument: Any) -> Any:

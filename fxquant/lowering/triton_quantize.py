@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..ops import GATES, outputs, quantize_fake
-from ..scheme import QuantSpec, get_scheme
+from ..scheme import QuantSpec, Scheme, get_scheme
 from .devices import device_row
 from .triton_launch import (
     HAS_TRITON,
@@ -154,12 +154,13 @@ def parts_of(k: int) -> tuple[int, int]:
     return (whole // 2, rest) if whole // 2 + rest <= 0.75 * whole else (whole, 0)
 
 
-def warps_for(rows: int, values: int, units: int, share: int = 2048) -> int:
-    """Of a program that holds ``values``, a ``share`` for each where every multiprocessor has a row: several
-    programs of few warps hide what one waits for. (2048 rows to int8 on an H200, 4 to 32 warps: of 4096
-    values 7.4, 7.9, 9.3 and 13.8 us; of 14336, held as 16384, 27.1, 29.3, 27.1 and 29.9.)"""
+def warps_for(values: int, few: bool, share: int = 2048) -> int:
+    """Of a program that holds ``values``, a ``share`` for each. Where a ``few`` multiprocessors have a row it
+    has more: else several programs of few warps hide what one waits for. (2048 rows on an H200, 4 to 32
+    warps: of 4096 values 7.4, 7.9, 9.3 and 13.8 us; of 14336, held as 16384, 35.1, 30.3, 34.6 and 36.7 in one
+    run, 27.1, 29.3, 27.1 and 29.9 in another.)"""
     many = 4 if values <= 4096 else max(values // share, 8)
-    wanted = max(values // 512, 4) if rows < units else many
+    wanted = max(values // 512, 4) if few else many
     # Triton's number of warps is a power of two, which values in two parts are not
     return min(1 << (wanted - 1).bit_length(), 32)
 
@@ -179,7 +180,8 @@ def quantize_rows(
     x[rows, 2 k], as ``fxquant.quantize``; what the gate makes is rounded once, to x's type. widened: what
     ``fxquant.widen`` makes of codes and zero point instead of them, k a multiple of 32."""
     rows, k = x.shape[0], outputs(x.shape[1], gate)
-    plan = _plan(scheme, gate, widened, rows, k, x.device)
+    few = rows < device_row(x.device).units
+    plan = _plan(get_scheme(scheme), gate, widened, few, k, x.device)
     codes = x.new_empty((rows, k), dtype=plan.codes)
     found = [codes, x.new_empty((rows, 1), dtype=torch.float32)]
     if plan.zero:
@@ -187,8 +189,8 @@ def quantize_rows(
     if rows and k:
         arguments = (x.contiguous(), codes, found[1], found[-1], k)
         start(quantize_rows_kernel, rows, arguments, plan.constants, **plan.options)
-        if INTERPRET and not widened:
-            found[0] = codes.to(get_scheme(scheme).input.codes_dtype)  # type: ignore[union-attr]
+    if INTERPRET and not widened:
+        found[0] = codes.to(get_scheme(scheme).input.codes_dtype)  # type: ignore[union-attr]
     return found
 
 
@@ -202,8 +204,10 @@ class Plan(NamedTuple):
 
 
 @lru_cache(maxsize=4096)
-def _plan(scheme: str, gate: str, widened: bool, rows: int, k: int, device: torch.device) -> Plan:
-    spec = get_scheme(scheme).input
+def _plan(
+    scheme: Scheme, gate: str, widened: bool, few: bool, k: int, device: torch.device
+) -> Plan:
+    spec = scheme.input
     assert spec is not None
     float8, asymmetric = spec.dtype.is_floating_point, spec.mapping == "asymmetric"
     codes = torch.bfloat16 if widened else spec.codes_dtype
@@ -227,7 +231,7 @@ def _plan(scheme: str, gate: str, widened: bool, rows: int, k: int, device: torc
     # A gate computes more than it waits, where registers allow it. (As above with 4 to 32 warps, gated: 75.9,
     # 53.0, 51.5 and 48.3 us, float8 81.6, 58.4, 55.6 and 48.5; asymmetric 85, 61, 56 and 74.)
     values, share = (block + rest) * (2 if gate else 1), 1024 if gate and not asymmetric else 2048
-    warps = warps_for(rows, values, device_row(device).units, share)
+    warps = warps_for(values, few, share)
     options = {"num_warps": warps, "enable_fp_fusion": False}
     return Plan(codes, asymmetric and not widened, constants, options)
 

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
+import torch
 
 from fxquant.lowering import cuda_layout, cuda_pipeline
 from fxquant.lowering.cuda_cuts import Cut
@@ -69,19 +70,23 @@ CUTS = [
     ("int2wo-32", Cut(2, 1, 64, 128, 4)),
     ("int8wo", Cut(2, 1, 32, 256, 4)),
     ("8da4w-32", Cut(1, 2, 64, 256, 4)),
+    ("8da4w-128", Cut(2, 1, 64, 64, 4)),  # on widened activations
 ]
+PIECES = {2304: 2, 2176: 2, 4096: 2, 2560: 2}
+"""Of a tile's bytes in a stage: as few as have 2048 bytes at most, and a multiple of 16 (``pieces``)."""
 
 
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize(("scheme", "cut"), CUTS)
 def test_a_stage_has_the_streams_of_a_blocks_tiles(scheme, cut, gated):
     form = cuda_layout.format_of(get_scheme(scheme))
-    assert cut.fits(form, K)
+    assert cut.fits(form, K) or cut.fits(form.taking(torch.bfloat16), K)
     of_stream = K // form.unit * form.unit_bytes
     stream = bytes_of(-(-N // 16) * of_stream).reshape(-1, of_stream)
     found = cuda_pipeline.map_of_tiles(0, form, cut, N, K, gated)
     tiles, stage = cut.rows // 16, cut.shape.tile_bytes(form)
     halved, half = cut.step < form.unit, cut.step * 16 * form.bits // 8
+    assert found.box[1] == PIECES.get(stage, 1), "as the kernel steps over them"
     for block, i in itertools.product(range(-(-N // cut.rows)), range(K // cut.step)):
         if halved:  # the second half and the qparams, then the first half
             start = i // 2 * form.unit_bytes + (half if i % 2 == 0 else 0)
@@ -96,20 +101,21 @@ def test_a_stage_has_the_streams_of_a_blocks_tiles(scheme, cut, gated):
             assert (mine[:used] == expected).all(), (block, i, t)
 
 
-@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize(("n", "gated"), [(N, False), (N - 13, False), (N, True)])
 @pytest.mark.parametrize("step", [128, 256])
-def test_a_stage_has_64_rows_of_an_8_bit_weight(step, gated):
-    weight = bytes_of(N * K).reshape(N, K)
-    found = cuda_pipeline.map_of_weight(0, N, K, step, gated)
+def test_a_stage_has_64_rows_of_an_8_bit_weight(step, n, gated):
+    weight = bytes_of(n * K).reshape(n, K)
+    found = cuda_pipeline.map_of_weight(0, n, K, step, gated)
     assert found.swizzled
-    for tile, i in itertools.product(range(0, -(-N // 16), 4), range(K // step)):
+    for tile, i in itertools.product(range(0, -(-n // 16), 4), range(K // step)):
         at = (0, 0 if gated else tile * 16, 0, tile // 2 if gated else 0, i * (step // 128))
         got = found.fetched(weight.reshape(-1), at).reshape(step // 128, 64, 128)
         rows = np.zeros((64, step), np.uint8)
         for t in range(4):
-            if tile + t < N // 16:
+            if (tile + t) * 16 < n:
                 first = tile_at(tile + t, gated) * 16
-                rows[16 * t : 16 * t + 16] = weight[first : first + 16, i * step : (i + 1) * step]
+                mine = weight[first : first + 16, i * step : (i + 1) * step]
+                rows[16 * t : 16 * t + len(mine)] = mine
         assert (got == rows.reshape(64, -1, 128).swapaxes(0, 1)).all(), (tile, i)
 
 

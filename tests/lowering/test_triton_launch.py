@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
 from fxquant.lowering import triton_launch
-from fxquant.lowering.triton_launch import start
+from fxquant.lowering.triton_launch import _kind_of, start
+
+
+def probe(value):
+    """A kernel of one argument."""
 
 
 class Compiled:
@@ -88,3 +94,20 @@ def test_a_kernel_that_waits_by_itself_may_begin_early(kernel):
 def test_constants_that_the_kernel_has_elsewhere_are_refused(kernel):
     with pytest.raises(AssertionError, match="in their order"):
         start(kernel, 1, (X, 32), {"OVERLAP": False, "BLOCK": 32}, num_warps=4)
+
+
+def test_kinds_are_told_apart_as_triton_does():
+    """Whatever Triton compiles anew for is another kind."""
+    pytest.importorskip("triton")
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import make_backend
+    from triton.runtime.jit import JITFunction, create_function_from_signature
+
+    jitted = JITFunction(probe)  # not interpreted
+    backend = make_backend(GPUTarget("cuda", 90, 32))
+    bind = create_function_from_signature(jitted.signature, jitted.params, backend)
+    values = [X, X[1:], X.float(), X.to(torch.int8), None]
+    values += [0, 1, 2, 15, 16, 32, 48, 2**31 - 1, 2**31, 2**33, 2**33 + 1]
+    for a, b in itertools.combinations(values, 2):
+        apart = str(bind(a)[1]) != str(bind(b)[1])
+        assert not apart or _kind_of(a) != _kind_of(b), (a, b)

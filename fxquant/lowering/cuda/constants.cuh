@@ -42,6 +42,7 @@ constexpr int UNIT_BYTES = UNIT / 32 * BLOCK_BYTES + QPARAM_BYTES;
 
 // A stage may have half a unit: first the second half, which the qparams follow, then the first one.
 constexpr bool HALVED = UNIT == 2 * STEP;
+static_assert(!HALVED || (X_BITS == 16 && FETCHED), "integers in groups, and threads that copy, take whole units");
 constexpr int HALF_BYTES = STEP / 32 * BLOCK_BYTES;
 
 // What threads copy lies in shared memory as it does in lines of 128 bytes in memory: two parts of a line in two

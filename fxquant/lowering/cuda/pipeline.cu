@@ -14,7 +14,6 @@ struct Arguments {
   char w[128];  // of the weight's tiles: what a stage has of them; ROW_MAJOR: of 64 rows of [n, k], as of x
   const float* x_scale;
   const int* x_zero;
-  const char* weight;
   const float* w_scale;
   const float* w_sum;
   const void* bias;
@@ -149,19 +148,19 @@ __device__ __forceinline__ constexpr int pieces() {
   while (STEP_BYTES / count > 2048 || STEP_BYTES % (16 * count) != 0) ++count;
   return count;
 }
+constexpr int PIECES = pieces();
 
-// What stage ``i`` has of a block's tiles of the weight. One instruction for all: with one for each tile the copy
+// What stage ``i`` has of the weight's tiles at ``place`` (Walk::at). One instruction for all: with one for each tile the copy
 // engine held up what multiplies. (An H200, 256 rows of 4096 x 14336 in int4wo-64: 47.4 and 43.3 us.)
-__device__ __forceinline__ void fetch_weights(const Arguments& p, u32 to, int block, int i, u32 barrier, u64 policy, int lane) {
+__device__ __forceinline__ void fetch_weights(const Arguments& p, u32 to, int place, int i, u32 barrier, u64 policy, int lane) {
   // Gated, tiles of both halves are in turns: the maps have pairs.
   if constexpr (ROW_MAJOR) {
-    const int tile = block * TILES + lane * 4;
+    const int tile = place * TILES + lane * 4;
     if (lane < TILES / 4)
       fetch_rows(to + lane * 4 * STEP_BYTES, p.w, GATED ? 0 : tile * 16, GATED ? tile / 2 : 0, i * (STEP / 128), barrier, policy);
   } else if (lane == 0) {
-    const int at = HALVED ? (i % 2 == 0 ? HALF_BYTES / 8 : 0) : 0;
-    const int part = HALVED ? i / 2 : i * pieces();
-    fetch_tiles(to, p.w, at, part, block * (GATED ? TILES / 2 : TILES), barrier, policy);
+    const int at = HALVED && i % 2 == 0 ? HALF_BYTES / 8 : 0, part = HALVED ? i / 2 : i * PIECES;
+    fetch_tiles(to, p.w, at, part, place * (GATED ? TILES / 2 : TILES), barrier, policy);
   }
 }
 
