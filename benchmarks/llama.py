@@ -20,7 +20,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import datetime
-import fcntl
 import gc
 import json
 import signal
@@ -42,7 +41,7 @@ from typing import Any
 import numpy as np
 import torch
 from llama_model import KNOWN, SHAPES, TORCHAO, Decoder, Generator, build, conversion, model_bytes
-from llama_process import Watched, stop
+from llama_process import COMPILING, TIMING, Watched, gate, stop
 from llama_report import (
     GROUP,
     compare,
@@ -67,17 +66,6 @@ RUNS = 5
 may be 10 % off.)"""
 
 Step = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
-COMPILING, TIMING = fcntl.LOCK_SH, fcntl.LOCK_EX
-
-
-@contextmanager
-def gate(args: argparse.Namespace, kind: int) -> Iterator[None]:
-    """With ``--jobs`` several compile at once, but none while another is timed: who waits goes first."""
-    with (args.scratch / "gate").open("w") as file:  # closing it unlocks it
-        with (args.scratch / "queue").open("w") as queue:
-            fcntl.flock(queue, fcntl.LOCK_EX)
-            fcntl.flock(file, kind)
-        yield
 
 
 def device() -> torch.device:
@@ -172,7 +160,7 @@ def decode(model: Decoder, args: argparse.Namespace, contender: str, batch: int)
     prompt = torch.randint(model.shape.vocab, (args.prompt, batch, 1), generator=random)
     tokens = [t.clone() for t in prompt.to(device())]
     places = [torch.tensor([i], device=device()) for i in range(args.prompt + args.tokens)]
-    with gate(args, COMPILING):
+    with gate(args.scratch, COMPILING):
         run = compiled(Generator(model, batch, args.length), contender, args.mode)
         reading = first_call(run, tokens[0], places[0])
         resident = gigabytes(torch.cuda.memory_allocated)
@@ -181,7 +169,7 @@ def decode(model: Decoder, args: argparse.Namespace, contender: str, batch: int)
             token, logits = run(token, place)
         token, logits = token.clone(), logits.float().cpu()
     np.save(_logits_path(args, batch, contender), logits.numpy())
-    with gate(args, TIMING):
+    with gate(args.scratch, TIMING):
         runs = [greedy(run, token, places[args.prompt :]) for _ in range(RUNS)]
         if args.profile:
             reading["profile"] = profile(lambda: greedy(run, token, places[args.prompt :][:4]), 4)
@@ -212,11 +200,11 @@ def prefill(
     random = torch.Generator().manual_seed(0)
     tokens = torch.randint(model.shape.vocab, (batch, args.prefill), generator=random)
     inputs = tokens.to(device()), torch.arange(args.prefill, device=device())
-    with gate(args, COMPILING):
+    with gate(args.scratch, COMPILING):
         run = compiled(Generator(model, batch, args.prefill), contender, mode)
         reading = first_call(run, *inputs)
         run(*inputs)
-    with gate(args, TIMING):
+    with gate(args.scratch, TIMING):
         issued, times = list[float](), list[float]()
         while len(times) < 3 or (len(times) < 9 and sum(times) < 1.0):
             torch.compiler.cudagraph_mark_step_begin()
@@ -272,7 +260,7 @@ def work(args: argparse.Namespace, contender: str) -> None:
     """One contender from weights to readings; a JSON line each to ``<scratch>/<contender>.lines``."""
     shape = dataclasses.replace(SHAPES[args.shape], layers=args.layers)
     plain = args.attention == "matmul"
-    with gate(args, COMPILING):
+    with gate(args.scratch, COMPILING):
         convert = conversion(contender)
         model, seconds = build(shape, convert, device(), merged=args.merged, plain=plain)
     peak = gigabytes(torch.cuda.max_memory_reserved)

@@ -1,7 +1,8 @@
-"""A process that measures: its readings while it runs, and nothing of it left behind."""
+"""A process that measures: its readings while it runs, whose turn it is, and nothing of it left behind."""
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import signal
@@ -9,11 +10,23 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 RUNNING: list[subprocess.Popen] = []
+COMPILING, TIMING = fcntl.LOCK_SH, fcntl.LOCK_EX
+
+
+@contextmanager
+def gate(folder: Path, kind: int) -> Iterator[None]:
+    """Of the processes that share a folder several compile at once, but none while another is timed: who
+    waits goes first."""
+    with (folder / "gate").open("w") as file:  # closing it unlocks it
+        with (folder / "queue").open("w") as queue:
+            fcntl.flock(queue, fcntl.LOCK_EX)
+            fcntl.flock(file, kind)
+        yield
 
 
 class Watched:

@@ -100,7 +100,7 @@ class Function:
         config.gridDimX, config.gridDimY, config.gridDimZ = grid
         config.blockDimX, config.blockDimY, config.blockDimZ = self.threads, 1, 1
         config.sharedMemBytes = shared
-        config.hStream = torch._C._cuda_getCurrentRawStream(self.device)
+        config.hStream = torch.cuda.current_stream(self.device).cuda_stream
         if self.overlap:
             config.attrs = [_overlap()]
             config.numAttrs = 1

@@ -64,7 +64,6 @@ def test_triton_binds_a_launch_once(kernel):
     [
         ((X.float(), 32), {}, {}),
         ((X[1:], 32), {}, {}),  # no longer on 16 bytes
-        ((None, 32), {}, {}),
         ((X, 33), {}, {}),
         ((X, 1), {}, {}),
         ((X, 1 << 36), {}, {}),
@@ -74,16 +73,18 @@ def test_triton_binds_a_launch_once(kernel):
 )
 def test_what_triton_compiles_for_is_told_apart(kernel, arguments, constants, options):
     start(kernel, 1, (X, 32), CONSTANTS, num_warps=4)
-    if arguments[0] is None:
-        kernel.arg_names = ["y", *kernel.arg_names]
-        start(kernel, 1, (X, X, 32), CONSTANTS, num_warps=4)
-        start(kernel, 1, (X, *arguments), CONSTANTS, num_warps=4)
-        assert len(kernel.bound) == 3
-        return
     start(kernel, 1, arguments, CONSTANTS | constants, **{"num_warps": 4, **options})
     assert len(kernel.bound) == 2
     start(kernel, 1, (X, 48), CONSTANTS, num_warps=4)
     assert len(kernel.bound) == 2, "another multiple of 16 is of the same kind"
+
+
+def test_a_tensor_that_is_missing_is_told_apart(kernel):
+    kernel.arg_names = ["x", "bias", "count", "BLOCK", "OVERLAP"]
+    for bias in (X, None, X):
+        start(kernel, 1, (X, bias, 32), CONSTANTS, num_warps=4)
+    assert [args[1] is None for _, args, _ in kernel.bound] == [False, True]
+    assert len(kernel.compiled[0].launches) == 1
 
 
 def test_a_kernel_that_waits_by_itself_may_begin_early(kernel):
