@@ -68,6 +68,10 @@ __device__ __forceinline__ void barrier_arrive(u32 at) {
   asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(at) : "memory");
 }
 
+__device__ __forceinline__ void prefetch_map(const char* map) {
+  asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
+}
+
 __device__ __forceinline__ void fetch_tokens(u32 to, const char* map, int row, int part, u32 barrier, u64 policy) {
   asm volatile(
       "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint"
@@ -185,6 +189,7 @@ __device__ __forceinline__ bool fetch(const Arguments& p, u32 ring, u32 full, u3
       place.next();
     }
   }
+  let_next_kernel_begin();
   return split;
 }
 
@@ -372,6 +377,7 @@ extern "C" __global__ void __cluster_dims__(SPLITS, 1, 1) __launch_bounds__(128 
   extern __shared__ __align__(1024) char dynamic[];
   const u32 memory = shared_address(dynamic), full = memory + BARRIERS_AT, empty = full + 8 * STAGES;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  if (threadIdx.x == CONSUMERS) prefetch_map(p.w), prefetch_map(p.x);
   if (threadIdx.x == 0) {
     for (int i = 0; i < STAGES; ++i) {
       barrier_init(full + 8 * i, 1);

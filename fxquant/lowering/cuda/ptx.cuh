@@ -26,11 +26,14 @@ __device__ __forceinline__ void wait_for_oldest() {
   if (WARPGROUP) asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
-// The previous kernel of the stream may still run until here; nothing it writes is read before. The next one may begin
-// before this one has waited: it waits for this one's end, which comes after the previous one's.
-__device__ __forceinline__ void wait_for_previous_kernel() {
-  asm volatile("griddepcontrol.launch_dependents;");
-  asm volatile("griddepcontrol.wait;" ::: "memory");
+// The previous kernel of the stream may still run until here; nothing it writes is read before.
+__device__ __forceinline__ void wait_for_previous_kernel() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+
+// Once every warp is here, or has ended, the next kernel may begin, and fetch weights until it waits for this one's end.
+// Only what has issued its own loads is here: a small kernel that begins any sooner gets what places are left,
+// several blocks of it on a few multiprocessors.
+__device__ __forceinline__ void let_next_kernel_begin() {
+  if (EARLY) asm volatile("griddepcontrol.launch_dependents;");
 }
 
 __device__ __forceinline__ void group_barrier(int group) {

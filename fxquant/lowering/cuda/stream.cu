@@ -140,6 +140,8 @@ extern "C" __global__ void __cluster_dims__(1, 1, SPLITS) __launch_bounds__(THRE
     if (i + AHEAD < my_steps) {
       fetch_weights(i + AHEAD);
       if (!MADE) fetch_x(i + AHEAD, true);
+    } else if (i + AHEAD == my_steps) {
+      let_next_kernel_begin();
     }
     commit();
     const u32 stage = ring + i % STAGES * STAGE_BYTES, weights = stage + X_BYTES + warp_n * W_BYTES + off_line(i);
