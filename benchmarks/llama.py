@@ -367,7 +367,7 @@ def main(argv: list[str]) -> None:
     report = json.loads(path.read_text()) if path.exists() else {"machines": {}, "readings": []}
     if not args.plot:
         args.deadline = time.time() + 60 * args.minutes
-        args.date = datetime.datetime.now(datetime.UTC).isoformat(timespec="minutes")
+        args.date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         args.device = torch.cuda.get_device_name(0) if torch.cuda.is_available() else "cpu"
         report["machines"][args.device] = machine() | {"date": args.date}
         lock = threading.Lock()

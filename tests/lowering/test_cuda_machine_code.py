@@ -157,6 +157,30 @@ def test_sums_that_are_not_settled_would_be_noticed(tmp_path):
     assert wrong != source and faults(machine_code(scheme, cut, tmp_path, wrong))
 
 
+BEGUN = [  # whether the next kernel begins before the end
+    ("int4wo-64", Cut(1, 1, 16, 256, 6, 2), True),
+    ("int4wo-64", Cut(2, 1, 64, 256, 4), False),
+    ("8da4w-128", Cut(2, 2, 16, 256, 5), False),
+    ("int8dq", Shape(4, 2, 1, 1, 256, 4), True),
+    ("int8wo", Shape(4, 2, 1, 16, 64, 6, 1), True),
+    ("8da4w-128", Shape(4, 2, 1, 16, 128, 4, 1), False),
+]
+
+
+@pytest.mark.parametrize(("scheme", "cut", "early"), BEGUN)
+def test_the_next_kernel_begins_after_all_loads_or_not_before_the_end(scheme, cut, early, tmp_path):
+    code = machine_code(scheme, cut, tmp_path)
+    begins, waits = (
+        [i for i, line in enumerate(code) if name in line] for name in ("PREEXIT", "ACQBULK")
+    )
+    assert waits and len(begins) == early
+    if begins and isinstance(
+        cut, Cut
+    ):  # threads that copy themselves turn back to the loop's beginning
+        assert begins[0] > max(i for i, line in enumerate(code) if "UTMALDG" in line)
+    assert not begins or begins[0] > waits[0]
+
+
 def test_every_cut_here_fits():
     for scheme, cut in CUTS:
         assert cut.fits(cuda_layout.format_of(get_scheme(scheme)), 4096), (scheme, cut)
