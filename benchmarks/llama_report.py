@@ -104,18 +104,20 @@ def title(key: Sequence[Any]) -> str:
 
 
 def page(report: dict[str, Any]) -> str:
-    """The readings as Markdown, a table for each group."""
+    """The readings as Markdown, a table for each group with the date of its newest, the newest first."""
     parts = ["# Llama-shaped decoders, random weights\n"]
     for device, versions in report["machines"].items():
         parts.append(f"{device}: " + ", ".join(f"{k} {v}" for k, v in versions.items()) + "\n")
     parts.append(ABOUT + "\n")
-    for key, mine in groups(report["readings"]).items():
+    found = groups(report["readings"])
+    newest = {key: max(r["date"] for r in mine) for key, mine in found.items()}
+    for key, mine in sorted(found.items(), key=lambda item: newest[item[0]], reverse=True):
         prefills = [
             r
             for r in report["readings"]
             if r["phase"] == "prefill" and all_equal(mine[0], GROUP, r)
         ]
-        parts.append(f"## {title(key)}\n\n{table(mine, prefills)}\n")
+        parts.append(f"## {title(key)}, {newest[key][:10]}\n\n{table(mine, prefills)}\n")
     parts += [f"- {note}" for note in report.get("notes", [])]
     return "\n".join(parts)
 

@@ -171,7 +171,7 @@ def exact_probe(
 
 
 def narrow_float8_probe(
-    name: str, m: int, n: int, k: int, dtype: torch.dtype, device: str | torch.device
+    kernel: Kernel | str, m: int, n: int, k: int, dtype: torch.dtype, device: str | torch.device
 ) -> None:
     """As the exact probe, with sums that fit the 14 bits in which Hopper adds float8 products.
 
@@ -185,8 +185,8 @@ def narrow_float8_probe(
     codes = torch.randint(-4, 5, (n, k), generator=g).float().to(torch.float8_e4m3fn)
     scale = 2.0 ** torch.randint(-3, 3, (n, 1), generator=g)
     sample = Sample(get_scheme("fp8dq"), x.to(dtype), Quantized(codes, scale, None), None)
-    y = run(name, sample.to(device)).cpu()
-    assert_equal(y, reference(sample).float().to(dtype), f"{name} {m}x{n}x{k}")
+    y = run(kernel, sample.to(device)).cpu()
+    assert_equal(y, reference(sample).float().to(dtype), f"{_name(kernel)} {m}x{n}x{k}")
 
 
 BEFORE_BIAS = ("tinygemm",)

@@ -37,20 +37,25 @@ def test_scheme_compiles_and_is_right(scheme):
     assert torch.equal(run(x), y), "bit-identical from run to run"
 
 
-@pytest.mark.parametrize("scheme", [*DISTINCT, "int4wo-64"])
+@pytest.mark.parametrize("scheme", [*DISTINCT, "int4wo-64", *STATIC])
 @torch.no_grad()
 def test_cuda_graphs_and_weight_updates(scheme):
+    """One row and many, by CUDA graphs of their own that no kernel refuses."""
     model = Block(256).cuda().bfloat16().requires_grad_(False).eval()
-    x = torch.randn(1, 1, 256, device="cuda", dtype=torch.bfloat16)
-    run = fxquant.compile(model, scheme, mode="reduce-overhead", fullgraph=True)
-    for _ in range(4):
-        y = run(x).clone()
-    floor = min(SCHEMES[scheme].sqnr, 30) - 4
-    assert sqnr(y, model(x)) > floor
-    model.down.weight.mul_(-1)
-    for _ in range(3):
-        y = run(x).clone()
-    assert sqnr(y, model(x)) > floor
+    inputs = [torch.randn(1, n, 256, device="cuda", dtype=torch.bfloat16) for n in (1, 70)]
+    ranges = {}
+    if scheme in STATIC:
+        ranges["stats"] = fxquant.calibrate(model, inputs, compiled=False, progress=False)
+    torch._dynamo.utils.counters.clear()
+    run = fxquant.compile(model, scheme, mode="reduce-overhead", fullgraph=True, **ranges)
+    floor = min(SCHEMES[scheme].sqnr, 30) - (6 if ranges else 4)
+    for sign in (1, -1):
+        model.down.weight.mul_(sign)
+        for x in inputs:
+            for _ in range(4):
+                y = run(x).clone()
+            assert sqnr(y, model(x)) > floor
+    assert torch._dynamo.utils.counters["inductor"]["cudagraph_skips"] == 0
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -74,7 +79,7 @@ def test_static_schemes_compile_and_are_right(scheme, smooth, dtype):
         assert sqnr(y, model(x)) > min(SCHEMES[scheme].sqnr, 30) - 6
 
 
-@pytest.mark.parametrize("scheme", ["int8dq", "fp8dq", "8da4w-32", "int4wo-64"])
+@pytest.mark.parametrize("scheme", [*DISTINCT, "int4wo-64"])
 @torch.no_grad()
 def test_changing_rows_make_at_most_two_graphs(scheme):
     model = Block(256).cuda().bfloat16().requires_grad_(False).eval()
@@ -83,7 +88,7 @@ def test_changing_rows_make_at_most_two_graphs(scheme):
     for rows in (1, 3, 17, 64, 300):
         x = torch.randn(1, rows, 256, device="cuda", dtype=torch.bfloat16)
         assert sqnr(run(x), model(x)) > min(SCHEMES[scheme].sqnr, 30) - 4
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 3
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2
 
 
 def _copy(model: Block) -> Block:

@@ -136,8 +136,8 @@ def store(
 
 @jit
 def wait_for_previous_kernel(OVERLAP: tl.constexpr):
-    """Programmatic dependent launch, as in ``cuda/ptx.cuh``: the next kernel may begin what needs nothing of
-    this one (fetch its weights), and reads come after this."""
+    """Programmatic dependent launch: the next kernel may begin what needs nothing of this one (fetch its
+    weights), and reads come after this. At once, unlike a linear (``cuda/ptx.cuh``): this one is short."""
     if OVERLAP:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()

@@ -168,7 +168,9 @@ BEGUN = [  # whether the next kernel begins before the end
 
 
 @pytest.mark.parametrize(("scheme", "cut", "early"), BEGUN)
-def test_the_next_kernel_begins_after_all_loads_or_not_before_the_end(scheme, cut, early, tmp_path):
+def test_the_next_kernel_begins_after_this_one_has_waited_or_not_before_its_end(
+    scheme, cut, early, tmp_path
+):
     code = machine_code(scheme, cut, tmp_path)
     begins, waits = (
         [i for i, line in enumerate(code) if name in line] for name in ("PREEXIT", "ACQBULK")
@@ -176,7 +178,7 @@ def test_the_next_kernel_begins_after_all_loads_or_not_before_the_end(scheme, cu
     assert waits and len(begins) == early
     if begins and isinstance(
         cut, Cut
-    ):  # threads that copy themselves turn back to the loop's beginning
+    ):  # and after all its loads; threads that copy themselves are in a loop
         assert begins[0] > max(i for i, line in enumerate(code) if "UTMALDG" in line)
     assert not begins or begins[0] > waits[0]
 

@@ -32,7 +32,7 @@ constexpr int OUTPUTS = GATED ? ROWS / 2 : ROWS;  // channels of y that a block 
 
 // Whether the next kernel may begin while this one ends. Between kernels of many tokens are small ones with a block for
 // each token, which are faster by more on multiprocessors of their own. (An H200, a step of four layers of Llama-3-8B's
-// shape: int4wo-64 at 16 tokens 384 us so and 389 not, at 64 tokens 637 and 623; 8da4w-128 365 and 352, 550 and 520.)
+// shape: int4wo-64 at 16 tokens 385 us so and 390 not, at 64 tokens 628 and 607; 8da4w-128 363 and 352, 538 and 511.)
 constexpr bool EARLY = TOKENS == 1 || (TOKENS <= 16 && X_BITS == 16);
 
 // Where in the weight a block's tile is. Gated, a block has tiles of both halves, in turns.

@@ -169,7 +169,7 @@ __device__ __forceinline__ void fetch_weights(const Arguments& p, u32 to, int pl
 }
 
 // Whether the last tile was split. (Weights are nobody's output, as x is; but more than one stage of them before the
-// previous kernel has ended slowed short ones by 3 to 20 %.)
+// previous kernel has ended slowed nearly all short ones, by up to 20 %.)
 __device__ __forceinline__ bool fetch(const Arguments& p, u32 ring, u32 full, u32 empty, int lane) {
   const int steps = p.k / STEP;
   const u64 again = keep_policy(true), weights_policy = keep_policy(p.m > TOKENS);

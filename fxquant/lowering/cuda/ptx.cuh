@@ -29,9 +29,9 @@ __device__ __forceinline__ void wait_for_oldest() {
 // The previous kernel of the stream may still run until here; nothing it writes is read before.
 __device__ __forceinline__ void wait_for_previous_kernel() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 
-// Once every warp is here, or has ended, the next kernel may begin, and fetch weights until it waits for this one's end.
-// Only what has issued its own loads is here: a small kernel that begins any sooner gets what places are left,
-// several blocks of it on a few multiprocessors.
+// The next kernel may begin, and fetch weights until it waits for this one's end: once all warps are here or have ended,
+// by what was read. Only what has issued its own loads is here: a small kernel that begins any sooner gets what places
+// are left, several blocks of it on a few multiprocessors.
 __device__ __forceinline__ void let_next_kernel_begin() {
   if (EARLY) asm volatile("griddepcontrol.launch_dependents;");
 }
