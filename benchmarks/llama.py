@@ -280,6 +280,7 @@ def work(args: argparse.Namespace, contender: str) -> None:
                 reading = common | found
                 peak = gigabytes(torch.cuda.max_memory_reserved)
                 reading["peak_gb"] = peak and max(peak, common["convert_peak_gb"])
+                reading["allocated_gb"] = gigabytes(torch.cuda.max_memory_allocated)
             except Exception as error:
                 traceback.print_exc()
                 reading = {"failure": f"{type(error).__name__}: {error}"[:500]}

@@ -368,3 +368,12 @@ def test_readings_are_published_as_they_come_and_a_late_process_is_ended(
     assert first[0]["tokens_per_s"] == 2.0 and first[0]["contender"] == "bf16"
     assert [r["batch"] for r in missing] == [2] and missing[0]["failure"] == "no result within 3 s"
     assert sys.modules["llama_process"].RUNNING[-1].wait(timeout=10) == -9
+
+
+def test_the_conversion_of_a_model_on_the_cpu_is_measured(tmp_path):
+    conversion = importlib.import_module("conversion")
+    conversion.main(["--shape", "tiny", "--schemes", "int8wo,int4wo-64", "--out", str(tmp_path)])
+    found = json.loads((tmp_path / "conversion.json").read_text())["readings"]
+    assert [r["scheme"] for r in found] == ["int8wo", "int4wo-64"]
+    assert found[0]["model_gb"] > found[1]["model_gb"] > 0 and found[0]["quantize_s"] > 0
+    assert "int4wo-64" in (tmp_path / "conversion.md").read_text()
