@@ -46,17 +46,23 @@ def read(shape: Shape, scheme: str, device: torch.device) -> dict[str, Any]:
     model.to(device)
     synchronize()
     tensors = [*model.parameters(), *model.buffers()]
+    size = sum(t.untyped_storage().nbytes() for t in tensors) / 1e9
+    reserved = torch.cuda.max_memory_reserved() / 1e9 if cuda else None
     return {
         "scheme": scheme,
         "quantize_s": quantized - started,
         "move_s": time.perf_counter() - quantized,
-        "model_gb": sum(t.untyped_storage().nbytes() for t in tensors) / 1e9,
+        "model_gb": size,
         "allocated_gb": torch.cuda.max_memory_allocated() / 1e9 if cuda else None,
-        "reserved_gb": torch.cuda.max_memory_reserved() / 1e9 if cuda else None,
+        "reserved_gb": reserved,
+        "beyond_gb": None if reserved is None else reserved - size,
     }
 
 
-HEADERS = ("scheme", "quantize s", "move s", "model GB", "peak allocated GB", "peak reserved GB")
+HEADERS = (
+    *("scheme", "quantize s", "move s", "model GB"),
+    *("peak allocated GB", "peak reserved GB", "beyond the model GB"),
+)
 
 
 def page(report: dict[str, Any]) -> str:
@@ -66,7 +72,7 @@ def page(report: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
     about = (
         f"{report['gpu']}, {versions}, {report['date']}; {report['shape']}'s shape. Model: codes,"
-        f" qparams, norms and embeddings; {ALLOWED:.0f} GB more than that are allowed."
+        f" qparams, norms and embeddings; {ALLOWED:.0f} GB beyond that are allowed."
     )
     return f"# Conversion of a model that starts on the CPU\n\n{about}\n\n{table}\n"
 

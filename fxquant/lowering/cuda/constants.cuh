@@ -30,9 +30,10 @@ constexpr bool X_SCALED = X_BITS == 8 || WIDENED;
 constexpr bool GROUPED = CHUNK != 0;
 constexpr int OUTPUTS = GATED ? ROWS / 2 : ROWS;  // channels of y that a block makes
 
-// Whether the next kernel may begin while this one ends. Between kernels of many tokens are small ones with a block for
-// each token, which are faster by more on multiprocessors of their own. (An H200, a step of four layers of Llama-3-8B's
-// shape: int4wo-64 at 16 tokens 385 us so and 390 not, at 64 tokens 628 and 607; 8da4w-128 363 and 352, 538 and 511.)
+// Whether the next kernel may begin while this one ends. Behind a linear of many tokens comes a norm or a quantization,
+// a block for each of them: where those begin early several share a multiprocessor. (An H200, a step of four layers of
+// Llama-3-8B's shape: int4wo-64 at 16 tokens 385 us so and 390 not, at 64 tokens 628 and 607; 8da4w-128 363 and 352, 538
+// and 511.)
 constexpr bool EARLY = TOKENS == 1 || (TOKENS <= 16 && X_BITS == 16);
 
 // Where in the weight a block's tile is. Gated, a block has tiles of both halves, in turns.

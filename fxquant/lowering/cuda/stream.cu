@@ -140,7 +140,7 @@ extern "C" __global__ void __cluster_dims__(1, 1, SPLITS) __launch_bounds__(THRE
     if (i + AHEAD < my_steps) {
       fetch_weights(i + AHEAD);
       if (!MADE) fetch_x(i + AHEAD, true);
-    } else if (i + AHEAD == my_steps) {
+    } else if (i + AHEAD == my_steps) {  // a warp with fewer steps says nothing: then it is at the block's end
       let_next_kernel_begin();
     }
     commit();
