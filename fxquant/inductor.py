@@ -6,6 +6,7 @@ import copy
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -277,6 +278,10 @@ OVERLAP = "triton.enable_pdl"
 FUSED = "_post_fusion_custom_pass"
 
 
+WIDEST_HELD = 8192
+"""Values of a row that a kernel of Inductor's holds, and reads once."""
+
+
 class _Waiting(TritonKernel):
     """Lets the next kernel begin (and fetch weights), and waits for the one ahead before anything else.
     Inductor's own lets it after the last load: at the end, if a row is read twice."""
@@ -290,6 +295,18 @@ class _Waiting(TritonKernel):
     def _filter_pdl(self, code):
         if self._enable_pdl_codegen():
             code._lines[:0] = [self.GDC_LAUNCH, self.GDC_WAIT]
+
+    def should_use_persistent_reduction(self):
+        return self._holds_rows() or super().should_use_persistent_reduction()
+
+    def _holds_rows(self) -> bool:
+        """Rows of which it makes codes: the norm, the scale and the codes each want all values."""
+        width = self.features.reduction_numel
+        if self.cooperative_reduction or not self.inside_reduction:
+            return False
+        made = (one.node for node in self.features.scheduler_nodes() for one in node.get_outputs())
+        codes = any(one.get_dtype().itemsize == 1 for one in made)
+        return codes and width.is_number and int(width) <= WIDEST_HELD
 
 
 class _Overlap(_SchedulerPass):
@@ -354,6 +371,8 @@ def compile_graph(
     """
     hook, expand = "post_grad_custom_pre_pass", gm.meta.get("fxquant_expand")
     overlap = overlapping(patches, tag) if expand is not None else {}
+    if expand is not None:
+        expand = partial(expand, held=bool(overlap))
     patches = {**patches, hook: _Expansion(expand, tag, patches.get(hook)), **overlap}
     gm.meta.update({k: copy.copy(v) for k, v in origin.meta.items() if k not in gm.meta})
     if hasattr(origin, "_param_name_to_source"):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +16,11 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import fxquant.backend
 from fxquant.scheme import Quantized, get_scheme
+
+_TRITON = importlib.util.find_spec("triton")
+_ROOT = Path(_TRITON.origin).parent if _TRITON and _TRITON.origin else Path("nowhere")
+DISASSEMBLER = _ROOT / "backends" / "nvidia" / "bin" / "nvdisasm"
+"""Comes with Triton."""
 
 
 class MLP(nn.Module):

@@ -1,10 +1,10 @@
 """Triton: rows of activations quantized per token, each read once.
 
-What Inductor makes of ``fxquant.quantize`` is fused with the norm before it, which for few rows is
-worth more than this. Of many rows it reads each three times, and took 100 us for 2048 x 14336 on an
-H200 and 20 for 2048 x 4096, where the bytes alone take 21 and 6. With nothing to fuse, behind another
-kernel or at the beginning of a graph, it takes 1 to 2 us more of few rows of 4096 values and 5 to 10 of
-14336.
+What Inductor makes of ``fxquant.quantize`` is fused with the norm before it, which is worth more than
+this for few rows, and for many where a program holds a row (``expansion``). Else it reads each of many
+rows three times, and took 100 us for 2048 x 14336 on an H200, where the bytes alone take 21. With nothing
+to fuse, behind another kernel or at the beginning of a graph, it takes 1 to 2 us more of few rows of 4096
+values and 5 to 10 of 14336.
 """
 
 from __future__ import annotations
@@ -53,10 +53,16 @@ def nearest(x):
 
 
 @jit
-def divided(x, y, FUSED: tl.constexpr):
+def in_byte(x):
+    """Integers from -128 to 127 as int8: the last byte of a sum (a conversion takes eight times as long)."""
+    return (x + 12582912.0).to(tl.int32, bitcast=True).to(tl.int8)
+
+
+@jit
+def divided(x, y, NATIVE: tl.constexpr):
     """``x / y``, rounded once, for all quotients but subnormal ones: the product with the reciprocal, and
     what is left of ``x``, exactly, times it again (Markstein 1990, IBM J. Res. Dev. 34)."""
-    if FUSED:
+    if NATIVE:
         inverse = tl.math.div_rn(tl.full((), 1.0, tl.float32), y) + tl.zeros_like(x)
         y += tl.zeros_like(x)
         near = x * inverse
@@ -67,15 +73,56 @@ def divided(x, y, FUSED: tl.constexpr):
 
 
 @jit
-def loaded(x, row, at, K, GATE: tl.constexpr):
-    """The columns ``at`` of x[row, :K], or of what the activation GATE makes of it, times x[row, K : 2 K]."""
+def logistic(x):
+    """``1 / (1 + exp(-x))`` in four instructions: as ``activate``, but 0 below -87.3, where that is subnormal
+    or nearly."""
+    return tl.inline_asm_elementwise(
+        "{ .reg .f32 e; mul.f32 e, $1, 0fBFB8AA3B; ex2.approx.ftz.f32 e, e;"
+        " add.f32 e, e, 0f3F800000; rcp.approx.ftz.f32 $0, e; }",
+        "=r,r",
+        [x],
+        dtype=tl.float32,
+        is_pure=True,
+        pack=1,
+    )
+
+
+@jit
+def as_bfloat16(x):
+    """``x`` rounded to bfloat16, two at a time (one alone is converted eight times slower), as float32."""
+    return tl.inline_asm_elementwise(
+        "{ .reg .b32 both; cvt.rn.bf16x2.f32 both, $3, $2;"
+        " shl.b32 $0, both, 16; and.b32 $1, both, 0xffff0000; }",
+        "=r,=r,r,r",
+        [x],
+        dtype=tl.float32,
+        is_pure=True,
+        pack=2,
+    )
+
+
+@jit
+def gated(first, second, GATE: tl.constexpr, NATIVE: tl.constexpr):
+    """The activation GATE of ``first`` times ``second``, in float32."""
+    fast = NATIVE and GATE == "silu"
+    return (first * logistic(first) if fast else activate(first, GATE)) * second
+
+
+@jit
+def loaded(x, row, at, K, GATE: tl.constexpr, NATIVE: tl.constexpr):
+    """The columns ``at`` of x[row, :K], or of what the activation GATE makes of it, times x[row, K : 2 K],
+    rounded to the type of x."""
     inside = at < K
     if GATE == "":
         values = tl.load(x + row * K + at, inside, 0.0).to(tl.float32)
     else:
         first = tl.load(x + row * 2 * K + at, inside, 0.0).to(tl.float32)
         second = tl.load(x + row * 2 * K + K + at, inside, 0.0).to(tl.float32)
-        values = (activate(first, GATE) * second).to(x.dtype.element_ty).to(tl.float32)
+        values = gated(first, second, GATE, NATIVE)
+        if NATIVE and x.dtype.element_ty == tl.bfloat16:
+            values = as_bfloat16(values)
+        else:
+            values = values.to(x.dtype.element_ty).to(tl.float32)
     return values
 
 
@@ -86,10 +133,10 @@ def largest_of(values):
 
 
 @jit
-def coded(values, step, center, FLOAT8: tl.constexpr, FUSED: tl.constexpr):
+def coded(values, step, center, FLOAT8: tl.constexpr, NATIVE: tl.constexpr):
     """Codes before they are cast; ``center``: the zero point, which a NaN gets too."""
     if FLOAT8:
-        found = divided(values, step, FUSED)
+        found = divided(values, step, NATIVE)
         clamped = tl.minimum(tl.maximum(found, -448.0), 448.0)
         found = tl.where(found != found, found, clamped)
     else:
@@ -102,29 +149,30 @@ def coded(values, step, center, FLOAT8: tl.constexpr, FUSED: tl.constexpr):
 @jit
 def quantize_rows_kernel(
     x, codes, scale, zero, K,
-    INVERSE: tl.constexpr, ASYMMETRIC: tl.constexpr, FLOAT8: tl.constexpr, BLOCK: tl.constexpr,
-    REST: tl.constexpr, SMALLEST: tl.constexpr, LARGEST: tl.constexpr, GATE: tl.constexpr,
-    FUSED: tl.constexpr, WIDENED: tl.constexpr, OVERLAP: tl.constexpr,
+    INVERSE: tl.constexpr, ASYMMETRIC: tl.constexpr, FLOAT8: tl.constexpr, PARTS: tl.constexpr,
+    SMALLEST: tl.constexpr, LARGEST: tl.constexpr, GATE: tl.constexpr, NATIVE: tl.constexpr,
+    WIDENED: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """codes[row, :] of x[row, :K] (or of what GATE makes of it: ``loaded``) with the row's scale and zero
     point. INVERSE: of half the codes' range. WIDENED: codes are those less the zero point, as
-    ``fxquant.widen`` has them. The program holds BLOCK values of the row, and REST more, if any."""
+    ``fxquant.widen`` has them. The program holds the row in PARTS of so many values. NATIVE: on a GPU."""
     row = tl.program_id(0).to(tl.int64)
-    at = tl.arange(0, BLOCK)
     wait_for_previous_kernel(OVERLAP)
-    values = loaded(x, row, at, K, GATE)
-    bits = largest_of(values)
-    low, high = tl.min(values, 0), tl.max(values, 0)
-    if REST > 0:
-        rest_at = BLOCK + tl.arange(0, REST)
-        rest = loaded(x, row, rest_at, K, GATE)
-        bits = tl.maximum(bits, largest_of(rest))
-        low, high = tl.minimum(low, tl.min(rest, 0)), tl.maximum(high, tl.max(rest, 0))
+    held = ()
+    bits, low, high = tl.full((), 0, tl.int32), 0.0, 0.0
+    start = 0
+    for i in tl.static_range(len(PARTS)):
+        values = loaded(x, row, start + tl.arange(0, PARTS[i]), K, GATE, NATIVE)
+        bits = tl.maximum(bits, largest_of(values))
+        if ASYMMETRIC:
+            low = tl.minimum(low, tl.min(values, 0))
+            high = tl.maximum(high, tl.max(values, 0))
+        held += (values,)  # type: ignore[assignment]
+        start += PARTS[i]
     largest = bits.to(tl.float32, bitcast=True)
     radius = largest
     if ASYMMETRIC:
-        low = tl.minimum(low, 0.0)
-        radius = tl.maximum(high, 0.0) / 2 - low / 2
+        radius = high / 2 - low / 2
     step = tl.where(radius == 0, 1.0, radius * INVERSE)
     step = tl.minimum(tl.maximum(step, SMALLEST), LARGEST)
     step = tl.where(largest <= LARGEST, step, float("nan"))
@@ -135,34 +183,42 @@ def quantize_rows_kernel(
         center = tl.where(step != step, 0.0, center)
         if not WIDENED:
             tl.store(zero + row, center.to(tl.int32))
-    found = coded(values, step, center, FLOAT8, FUSED)
-    if WIDENED:
-        found = in_lanes(found - center, BLOCK)
-    tl.store(codes + row * K + at, found.to(codes.dtype.element_ty), at < K)
-    if REST > 0:
-        found = coded(rest, step, center, FLOAT8, FUSED)
+    start = 0
+    for i in tl.static_range(len(PARTS)):
+        at = start + tl.arange(0, PARTS[i])
+        found = coded(held[i], step, center, FLOAT8, NATIVE)
         if WIDENED:
-            found = in_lanes(found - center, REST)
-        tl.store(codes + row * K + rest_at, found.to(codes.dtype.element_ty), rest_at < K)
+            found = in_lanes(found - center, PARTS[i]).to(codes.dtype.element_ty)
+        elif FLOAT8:
+            found = found.to(codes.dtype.element_ty)
+        else:
+            found = in_byte(found)
+        tl.store(codes + row * K + at, found, at < K)
+        start += PARTS[i]
 
 
-def parts_of(k: int) -> tuple[int, int]:
-    """Powers of two that together hold ``k`` values: the least one, or where that saves a fourth of it, the
-    one below and the least that holds the rest."""
-    whole = max(1 << (k - 1).bit_length(), 64)
-    rest = max(1 << max(k - whole // 2 - 1, 0).bit_length(), 32)
-    return (whole // 2, rest) if whole // 2 + rest <= 0.75 * whole else (whole, 0)
+def parts_of(k: int) -> tuple[int, ...]:
+    """Powers of two that together hold ``k`` values: the least one, or where that saves a fourth of it, half
+    of it and the least that holds the rest. (Three for 14336, 2048 rows on an H200: 35.8 us and not 26.2.)"""
+    whole = max(_least(k), 64)
+    half = whole // 2
+    rest = max(_least(k - half), 32)
+    return (half, rest) if rest <= whole // 4 else (whole,)
+
+
+def _least(k: int) -> int:
+    """The least power of two that is not below ``k``."""
+    return 1 << max(k - 1, 0).bit_length()
 
 
 def warps_for(values: int, few: bool, share: int = 2048) -> int:
-    """Of a program that holds ``values``, a ``share`` for each. Where a ``few`` multiprocessors have a row it
-    has more: else several programs of few warps hide what one waits for. (2048 rows on an H200, 4 to 32
-    warps: of 4096 values 7.4, 7.9, 9.3 and 13.8 us; of 14336, held as 16384, 35.1, 30.3, 34.6 and 36.7 in one
-    run, 27.1, 29.3, 27.1 and 29.9 in another.)"""
+    """Of a program that holds ``values``, a ``share`` for each, in a power of two. Where a ``few``
+    multiprocessors have a row it has more: else several programs of few warps hide what one waits for.
+    (2048 rows on an H200, 4 to 32 warps: of 4096 values 7.4, 7.9, 9.3 and 13.8 us; of 14336, held as 16384,
+    26.2 with 8 and 28.7 with 16.)"""
     many = 4 if values <= 4096 else max(values // share, 8)
-    wanted = max(values // 512, 4) if few else many
-    # Triton's number of warps is a power of two, which values in two parts are not
-    return min(1 << (wanted - 1).bit_length(), 32)
+    wanted = max(_least(values) // 512, 4) if few else many
+    return min(1 << (wanted.bit_length() - 1), 32)
 
 
 def _fake(
@@ -214,23 +270,23 @@ def _plan(
     if INTERPRET and float8:  # it does not round to float8 as a GPU does
         codes = torch.float32
     half = FLOAT8_LARGEST if float8 else (INT8.max - INT8.min) / 2
-    block, rest = parts_of(k)
+    parts = parts_of(k)
     constants = {
         "INVERSE": 1 / half,
         "ASYMMETRIC": asymmetric,
         "FLOAT8": float8,
-        "BLOCK": block,
-        "REST": rest,
+        "PARTS": parts,
         "SMALLEST": SMALLEST,
         "LARGEST": LARGEST,
         "GATE": GATES.get(gate, ""),
-        "FUSED": not INTERPRET,
+        "NATIVE": not INTERPRET,
         "WIDENED": widened,
         "OVERLAP": overlaps(device),
     }
-    # A gate computes more than it waits, where registers allow it. (As above with 4 to 32 warps, gated: 75.9,
-    # 53.0, 51.5 and 48.3 us, float8 81.6, 58.4, 55.6 and 48.5; asymmetric 85, 61, 56 and 74.)
-    values, share = (block + rest) * (2 if gate else 1), 1024 if gate and not asymmetric else 2048
+    # A gate computes more than it waits, where registers allow it. (2048 rows on an H200, 8, 16 and 32
+    # warps: of 14336 values 44.4, 44.7 and 39.5 us, in float8 48.5, 46.2 and 41.6, asymmetric 53.1, 47.7 and
+    # 67.1; of 11008 36.8, 34.3 and 38.5, in float8 38.2, 34.8 and 41.6, asymmetric 40.7 and 46.6 with 16.)
+    values, share = sum(parts) * (2 if gate else 1), 1024 if gate and not asymmetric else 2048
     warps = warps_for(values, few, share)
     options = {"num_warps": warps, "enable_fp_fusion": False}
     return Plan(codes, asymmetric and not widened, constants, options)

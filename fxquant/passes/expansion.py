@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from ..graph import describe, emit, inline, replace, value
-from ..inductor import realize, trace_decomposed
+from ..inductor import WIDEST_HELD, realize, trace_decomposed
 from ..lowering.loops import are_rows, is_static
 from ..lowering.triton_quantize import are_many, is_served
 from ..lowering.triton_widen import widen
@@ -26,9 +26,10 @@ REFERENCES = {
 }
 
 
-def expand(graph: fx.Graph) -> None:
-    """Have Inductor write out each ``fxquant.quantize`` in loops, which fuse with others. Where there are
-    many rows, or nothing to fuse with, it stays one kernel of our own.
+def expand(graph: fx.Graph, *, held: bool = False) -> None:
+    """Have Inductor write out each ``fxquant.quantize`` in loops, which fuse with others. Where there is
+    nothing to fuse with, or there are many rows that Inductor's kernel does not hold (``held``: it does up to
+    ``WIDEST_HELD`` values), it stays one kernel of our own.
 
     One node until here: AOTAutograd runs every op of a graph several times over, and thirty of them
     at every linear would cost it more than the rest of the model. Inductor's passes are no cheaper, so
@@ -37,23 +38,20 @@ def expand(graph: fx.Graph) -> None:
     bodies: dict[Any, fx.GraphModule] = {}
     for target in REFERENCES:
         for node in graph.find_nodes(op="call_function", target=target):
-            if _has_kernel(node):
+            if _has_kernel(node, held):
                 _keep_whole(graph, node)
             elif not _has_loops(node):
                 _expand_one(graph, node, bodies)
             elif target is ops.quantize.default and _arguments(node)[3]:
                 _expand_gate(graph, node, bodies)
+    _keep_sums(graph)
 
 
 def _keep_whole(graph: fx.Graph, node: fx.Node) -> None:
     """One kernel for a ``fxquant.quantize``, and for the ``fxquant.widen`` of all that it makes."""
     x, scheme, _, gate = _arguments(node)
-    parts = {part.args[1]: part for part in node.users}
-    apart = {0, 2} <= parts.keys() and len(parts) == len(node.users)
-    widened = list(parts[0].users) if apart else []
-    pair = tuple(parts[i] for i in (0, 2)) if widened else ()
-    alone = all(n.target is ops.widen.default and n.args == pair for n in widened)
-    if not widened or not alone or set(pair[1].users) != set(widened):
+    parts, widened = _parts(node), _widened(node)
+    if not widened:
         # a new node: the old one's meta has values for the arguments of the old op
         with graph.inserting_before(node):
             own = emit(graph, node, ops.quantize_rows.default, x, scheme, gate)
@@ -66,8 +64,24 @@ def _keep_whole(graph: fx.Graph, node: fx.Node) -> None:
         replace(wide, codes)
     if 1 in parts:
         replace(parts[1], scale)
-    for gone in (*pair, node):
+    for gone in (parts[0], parts[2], node):
         graph.erase_node(gone)
+
+
+def _parts(node: fx.Node) -> dict[Any, fx.Node]:
+    """What is taken of a ``fxquant.quantize``: codes, scale, zero point, by their index."""
+    return {part.args[1]: part for part in node.users}
+
+
+def _widened(node: fx.Node) -> list[fx.Node]:
+    """The ``fxquant.widen`` of its codes and zero points, if nothing else takes those."""
+    parts = _parts(node)
+    if not {0, 2} <= parts.keys() or len(parts) != len(node.users):
+        return []
+    pair = parts[0], parts[2]
+    found = list(pair[0].users)
+    alone = all(n.target is ops.widen.default and n.args == pair for n in found)
+    return found if alone and set(pair[1].users) == set(found) else []
 
 
 VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
@@ -79,23 +93,43 @@ def _arguments(node: fx.Node) -> tuple[Any, ...]:
     return (*node.args, "")[:4]
 
 
-def _has_kernel(node: fx.Node) -> bool:
+def _has_kernel(node: fx.Node, held: bool) -> bool:
     if node.target is not ops.quantize.default:
         return False
     x, scheme, role, gate = _arguments(node)
     if role != "input" or not is_served(value(x), spec_of(scheme, role), gate):
         return False
-    return are_many(value(x), gate) or _stands_alone(x)
+    source = _viewed(x)
+    if source.op == "placeholder" or _is_product(source):  # no kernel of Inductor's makes it
+        return True
+    fused = (
+        held and value(x).shape[1] <= WIDEST_HELD and _is_computed(source) and not _widened(node)
+    )
+    return are_many(value(x), gate) and not fused
 
 
-def _stands_alone(x: fx.Node) -> bool:
-    """Whether no kernel of Inductor's makes ``x``: it comes from outside, or from a kernel of another's."""
+def _viewed(x: fx.Node) -> fx.Node:
     while x.target in VIEWS:
         x = x.args[0]  # type: ignore[assignment]
-    if x.op == "placeholder":
-        return True
+    return x
+
+
+def _is_product(x: fx.Node) -> bool:
     ours = isinstance(x.target, torch._ops.OpOverload) and x.target.namespace == "fxquant"
     return ours or x.target in PRODUCTS
+
+
+def _is_computed(x: fx.Node) -> bool:
+    """Whether it is more than moved (as what attention makes is)."""
+    return isinstance(x.target, torch._ops.OpOverload) and torch.Tag.pointwise in x.target.tags
+
+
+def _keep_sums(graph: fx.Graph) -> None:
+    """Store what a linear's result was added to: each norm would otherwise add up again what all linears
+    before it have added."""
+    for node in graph.find_nodes(op="call_function", target=aten.add.Tensor):
+        if len(node.users) > 1 and any(_is_product(_viewed(n)) for n in node.all_input_nodes):
+            realize(node)
 
 
 def _has_loops(node: fx.Node) -> bool:

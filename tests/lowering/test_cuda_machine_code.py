@@ -13,9 +13,8 @@ from fxquant.lowering import cuda_cuts, cuda_layout, cuda_pipeline, cuda_stream,
 from fxquant.lowering.cuda_cuts import Cut
 from fxquant.lowering.cuda_shapes import Shape
 from fxquant.scheme import get_scheme
+from tests.conftest import DISASSEMBLER
 
-triton = pytest.importorskip("triton")
-DISASSEMBLER = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
 pytestmark = pytest.mark.skipif(
     nvrtc.refusal() is not None or not DISASSEMBLER.is_file(), reason="needs NVRTC and nvdisasm"
 )

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,9 +24,10 @@ from fxquant.inductor import trace_decomposed  # noqa: E402
 from fxquant.lowering import triton_quantize  # noqa: E402
 from fxquant.lowering.triton_launch import HAS_TRITON  # noqa: E402
 from fxquant.ops import bundle, finish  # noqa: E402
+from fxquant.passes import expansion  # noqa: E402
 from fxquant.passes.expansion import expand  # noqa: E402
 from fxquant.scheme import get_scheme  # noqa: E402
-from tests.conftest import sqnr  # noqa: E402
+from tests.conftest import DISASSEMBLER, sqnr  # noqa: E402
 
 pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="needs Triton")
 SCHEMES = ["int8dq", "8da4w-32", "fp8dq"]
@@ -63,7 +68,7 @@ def test_equals_the_reference(scheme, shape, dtype):
 @pytest.mark.parametrize("gated", [1, 2])
 @pytest.mark.parametrize("few", [True, False])
 def test_a_program_has_as_many_warps_as_triton_takes(few, gated):
-    """A power of two, for every row: those of 2560, 5120, 11008 and 13824 values are held in two parts."""
+    """A power of two, for every row: those of 2560, 5120, 11008 and 12288 values are held in two parts."""
     for k in range(8, triton_quantize.WIDEST + 1, 8):
         values = gated * sum(triton_quantize.parts_of(k))
         warps = triton_quantize.warps_for(values, few)
@@ -129,14 +134,14 @@ def test_rows_of_a_larger_tensor(scheme):
 def test_a_row_is_held_in_no_more_than_it_needs():
     parts = {k: triton_quantize.parts_of(k) for k in (1, 80, 896, 2560, 4096, 4864, 11008, 14336)}
     assert parts == {
-        1: (64, 0),
+        1: (64,),
         80: (64, 32),
-        896: (1024, 0),
+        896: (1024,),
         2560: (2048, 512),
-        4096: (4096, 0),
+        4096: (4096,),
         4864: (4096, 1024),
         11008: (8192, 4096),
-        14336: (16384, 0),
+        14336: (16384,),
     }
     assert all(sum(triton_quantize.parts_of(k)) >= k for k in range(1, 40000, 7))
 
@@ -179,21 +184,41 @@ def test_nothing_is_interpreted_on_the_cpu():
         (torch.sin, 20, 1300, False),
         (lambda y: y, 2, 1 << 20, True),
         (lambda y: y.view(1, 2, 64).reshape(2, 64), 2, 1 << 20, True),
+        (lambda y: (y @ y.mT @ y).sin().t().sin().t(), 20, 1200, True),
     ],
     ids=[
         *("fused", "product", "views", "a slice", "activation", "scaled", "many", "not so many"),
-        *("from outside", "a view of that"),
+        *("from outside", "a view of that", "moved"),
     ],
 )
 def test_inductor_gets_the_kernel_where_it_is_better(
     before, rows, least, own, anywhere, monkeypatch
 ):
+    check(before, rows, least, own, monkeypatch)
+
+
+@pytest.mark.parametrize(
+    "before, widest, own",
+    [
+        (torch.sin, 64, False),
+        (torch.sin, 63, True),
+        (lambda y: y @ y.mT @ y, 64, True),
+        (lambda y: y.sin().t().sin().t(), 64, True),
+    ],
+    ids=["computed", "wider than is held", "product", "moved"],
+)
+def test_many_rows_that_inductor_holds_are_fused_too(before, widest, own, anywhere, monkeypatch):
+    monkeypatch.setattr(expansion, "WIDEST_HELD", widest)
+    check(before, 20, 1200, own, monkeypatch, held=True)
+
+
+def check(before, rows, least, own, monkeypatch, **held):
     monkeypatch.setattr(triton_quantize, "LEAST", least)
     x = FakeTensorMode().from_tensor(torch.randn(rows, 64))
     gm = trace_decomposed(lambda x: torch.ops.fxquant.quantize(before(x), "int8dq", "input"), x)
     (node,) = [n for n in quantizations(gm) if n.args[1] == "int8dq"]
     before_it = list(node.users)
-    expand(gm.graph)
+    expand(gm.graph, **held)
     gm.graph.lint()
     assert any(n is node for n in quantizations(gm)) is not own and before_it
     kernels = gm.graph.find_nodes(
@@ -232,6 +257,49 @@ def test_through_inductor(dynamic, anywhere):
             y, code = run_and_get_code(run, x)
             assert sqnr(y, model(x)) > 30
             assert any("fxquant.quantize_rows" in text for text in code) or rows == 16
+
+
+COMPILED = """
+import sys
+import torch
+from triton import compile
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from fxquant.lowering import triton_quantize as quantize
+from fxquant.scheme import get_scheme
+
+scheme = get_scheme(sys.argv[1])
+plan = quantize._plan(scheme, "silu_mul", False, False, 11008, torch.device("cpu"))
+constants = plan.constants | {"OVERLAP": True}
+names = quantize.quantize_rows_kernel.arg_names
+codes = {torch.int8: "*i8", torch.float8_e4m3fn: "*fp8e4nv"}[plan.codes]
+types = {"x": "*bf16", "codes": codes, "scale": "*fp32", "zero": "*i32", "K": "i32"}
+types |= dict.fromkeys(constants, "constexpr")
+source = ASTSource(
+    fn=quantize.quantize_rows_kernel,
+    signature=types,
+    constexprs={(names.index(name),): value for name, value in constants.items()},
+    attrs={(names.index(name),): [["tt.divisibility", 16]] for name in ("x", "codes", "K")},
+)
+made = compile(source, target=GPUTarget("cuda", 90, 32), options=plan.options)
+open(sys.argv[2], "wb").write(made.asm["cubin"])
+"""
+
+
+@pytest.mark.skipif(not DISASSEMBLER.is_file(), reason="needs nvdisasm")
+@pytest.mark.parametrize("scheme", ["int8dq", "8da4w-128", "fp8dq"])
+def test_nothing_is_converted_one_by_one(scheme, tmp_path):
+    """What a gate makes is rounded, and codes become bytes, by instructions for two numbers or at full
+    rate: those for one run at an eighth of it, and took a fifth of the kernel's time."""
+    file = tmp_path / "kernel.cubin"
+    environment = {n: v for n, v in os.environ.items() if n != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", COMPILED, scheme, str(file)]
+    subprocess.run(command, check=True, env=environment, cwd=Path(fxquant.__file__).parents[1])
+    code = subprocess.run([DISASSEMBLER, "-c", file], check=True, capture_output=True, text=True)
+    words = re.findall(r"[A-Z][A-Z0-9_]+", code.stdout)
+    assert "LDG" in words and "MUFU" in words
+    one_by_one = [word for word in words if word in ("F2F", "F2I")]
+    assert len(one_by_one) <= (scheme == "8da4w-128"), "the zero point of a row"
 
 
 @pytest.mark.parametrize("widened", [False, True])

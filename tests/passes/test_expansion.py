@@ -7,10 +7,13 @@ import pytest
 import torch
 from torch._inductor import config
 from torch._inductor.utils import fresh_cache, run_and_get_code
+from torch._subclasses import FakeTensorMode
 
 import fxquant
 from fxquant import inductor
-from tests.conftest import called
+from fxquant.inductor import trace_decomposed
+from fxquant.passes.expansion import expand
+from tests.conftest import called, sqnr
 
 
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
@@ -123,3 +126,41 @@ def test_the_users_passes_may_be_a_list_and_see_the_scheduler(monkeypatch):
     }
     assert overlap(monkeypatch, torch.relu, **options) == [], "its pass has no uuid for the cache"
     assert seen == ["graph", "nodes"]
+
+
+def test_what_a_linear_is_added_to_is_stored_where_it_is_read_again():
+    def residuals(x, w):
+        first = x + x @ w  # a norm reads it, and the next sum
+        second = first + torch.nn.functional.rms_norm(first, (64,)) @ w
+        other = x.sin() + x.cos()  # no linear
+        return second.exp(), other * other.tan()
+
+    fake = FakeTensorMode()
+    inputs = (fake.from_tensor(torch.randn(*shape)) for shape in ((5, 64), (64, 64)))
+    gm = trace_decomposed(residuals, *inputs)
+    expand(gm.graph)
+    sums = gm.graph.find_nodes(op="call_function", target=torch.ops.aten.add.Tensor)
+    stored = [n.meta.get("inductor_realize_to_strides", False) for n in sums if len(n.args) == 2]
+    assert stored.count(True) == 1 and stored[0], sums
+
+
+@pytest.mark.parametrize("scheme", ["int8dq", "8da4w-128", "fp8dq"])
+def test_many_rows_behind_a_norm_have_the_same_codes(scheme):
+    """As many as would have a kernel of their own, on a GPU."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = torch.nn.Sequential(torch.nn.RMSNorm(4096), torch.nn.Linear(4096, 64, bias=False))
+    model.to(device, torch.bfloat16)
+    x = torch.randn(300, 4096, device=device, dtype=torch.bfloat16)
+    x[7, 3] = float("nan")
+    x[8] = 0
+    reference = torch.nn.Sequential(model[0], torch.nn.Linear(4096, 64, bias=False))
+    reference[1].weight = model[1].weight
+    fxquant.quantize(reference, scheme)
+    torch.compiler.reset()
+    with torch.no_grad(), fresh_cache():
+        y, code = run_and_get_code(fxquant.compile(model, scheme, dynamic=False), x)
+        expected = reference(x)
+    assert not called("quantize", code) and not called("quantize_rows", code)
+    rows = torch.arange(300, device=device) != 7
+    assert y[7].isnan().all() and bool((y[8] == 0).all())
+    assert sqnr(y[rows], expected[rows]) > 35

@@ -44,8 +44,15 @@ class Nowhere:
         return torch.device("cpu")
 
 
-def sources(monkeypatch: pytest.MonkeyPatch, **options) -> list[str]:
-    """The Triton kernels of a model, as generated for a Hopper GPU. What comes after that fails here."""
+def sources(
+    monkeypatch: pytest.MonkeyPatch,
+    model: torch.nn.Module | None = None,
+    inputs: tuple[torch.Tensor, ...] = (),
+    scheme: str = "int8wo",
+    **options,
+) -> list[str]:
+    """The Triton kernels of a model, a Block or another, as generated for a Hopper GPU. What comes after that
+    fails here."""
     import triton
 
     found, generate = [], TritonKernel.codegen_kernel
@@ -59,8 +66,9 @@ def sources(monkeypatch: pytest.MonkeyPatch, **options) -> list[str]:
     monkeypatch.setattr(TritonKernel, "_enable_pdl_codegen", enabled)
     monkeypatch.setattr(triton.runtime.driver, "_active", Nowhere(), raising=False)
     torch.compiler.reset()
-    model = fxquant.compile(Block(), "int8wo", inductor={"cpu_backend": "triton"} | options)
-    inputs = torch.randn(4, 16384), torch.randn(10, 3), torch.tensor([1, 2])
+    inputs = inputs or (torch.randn(4, 16384), torch.randn(10, 3), torch.tensor([1, 2]))
+    settings = {"cpu_backend": "triton"} | options
+    model = fxquant.compile(model or Block(), scheme, inductor=settings)
     patches = config.patch(compile_threads=1)
     with torch.no_grad(), fresh_cache(), patches, contextlib.suppress(Exception):
         model(*inputs)
@@ -89,3 +97,48 @@ def test_a_kernel_lets_the_next_one_begin_and_waits_before_anything_else(monkeyp
 def test_who_turns_it_off_gets_kernels_as_ever(monkeypatch):
     kernels = sources(monkeypatch, **{"triton.enable_pdl": False})
     assert kernels and not any(WAIT in k or LAUNCH in k for k in kernels)
+
+
+LOOP = "for r0_offset in"
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    "width, options, held",
+    [(4096, {}, True), (16384, {}, False), (4096, {"triton.enable_pdl": False}, False)],
+    ids=["held", "too wide", "as ever"],
+)
+@pytest.mark.parametrize("scheme", ["int8dq", "8da4w-128"])
+def test_rows_of_which_it_makes_codes_are_read_once(monkeypatch, scheme, width, options, held):
+    model = torch.nn.Sequential(
+        torch.nn.RMSNorm(width), torch.nn.Linear(width, 64, bias=False)
+    ).bfloat16()
+    kernels = sources(monkeypatch, model, (torch.randn(300, width).bfloat16(),), scheme, **options)
+    (norm,) = [k for k in kernels if "rsqrt" in k]
+    assert "*i8" in norm, "fused with the quantization"
+    assert ("persistent_reduction" in norm, LOOP in norm) == (held, not held)
+
+
+class Residuals(torch.nn.Module):
+    """Linears behind norms, each added to what came before."""
+
+    def __init__(self, depth: int = 4):
+        super().__init__()
+        self.norms = torch.nn.ModuleList(torch.nn.RMSNorm(128) for _ in range(depth))
+        self.linears = torch.nn.ModuleList(
+            torch.nn.Linear(128, 128, bias=False) for _ in range(depth)
+        )
+
+    def forward(self, x):
+        for norm, linear in zip(self.norms, self.linears, strict=True):
+            x = x + linear(norm(x))
+        return x
+
+
+@needs_triton
+def test_a_norm_reads_one_sum_and_not_all_that_was_added(monkeypatch):
+    kernels = sources(monkeypatch, Residuals().bfloat16(), (torch.randn(5, 128).bfloat16(),))
+    norms = [k for k in kernels if "rsqrt" in k]
+    assert len(norms) == 4
+    for norm in norms:  # the sum so far, what a linear made, the weight
+        assert len(set(re.findall(r"\b(?:in|in_out)_ptr\d+", norm))) <= 3
