@@ -5,7 +5,7 @@
 
 For each scheme, shape (n x k) and number of rows: the kernel that fxquant chooses (measured tables
 included), its activations quantized by that kernel (one row) or by one of its own before the product (in a
-model few rows are quantized with the norm before them, where there is one). bfloat16 ``F.linear``
+model rows are quantized with the norm before them, where there is one). bfloat16 ``F.linear``
 and torch's own quantized products run in the same process.
 Times are medians of CUDA-graph replays over copies of the weight that together exceed the L2 cache,
 a scheme's and bfloat16's in turns.

@@ -156,7 +156,7 @@ def judged(records: Sequence[Reading]) -> str:
 ABOUT = (
     "Times as a user gets them over bfloat16 `F.linear`'s in the same run: the kernel that fxquant\n"
     "chooses, quantization of activations included: of one row mostly by that kernel itself, of more by\n"
-    "``triton_quantize`` before it (in a model few rows are quantized with the norm before them, where\n"
+    "``triton_quantize`` before it (in a model rows are quantized with the norm before them, where\n"
     "there is one). Medians of CUDA-graph replays, weights rotated past the L2 cache. GB/s: bytes of the\n"
     "packed weight over the time of the whole linear,\n"
     "and its share of a device copy's bandwidth. Error: the largest, in units of what rounding\n"

@@ -289,8 +289,8 @@ open(sys.argv[2], "wb").write(made.asm["cubin"])
 @pytest.mark.skipif(not DISASSEMBLER.is_file(), reason="needs nvdisasm")
 @pytest.mark.parametrize("scheme", ["int8dq", "8da4w-128", "fp8dq"])
 def test_nothing_is_converted_one_by_one(scheme, tmp_path):
-    """What a gate makes is rounded, and codes become bytes, by instructions for two numbers or at full
-    rate: those for one run at an eighth of it, and took a fifth of the kernel's time."""
+    """What a gate makes is rounded two numbers at a time, and codes become bytes by an addition: with F2F and
+    F2I for each value, and more for the sigmoid, a gate took a fourth more time."""
     file = tmp_path / "kernel.cubin"
     environment = {n: v for n, v in os.environ.items() if n != "TRITON_INTERPRET"}
     command = [sys.executable, "-c", COMPILED, scheme, str(file)]
