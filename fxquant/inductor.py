@@ -305,7 +305,7 @@ class _Waiting(TritonKernel):
         if self.cooperative_reduction or not self.inside_reduction:
             return False
         made = (one.node for node in self.features.scheduler_nodes() for one in node.get_outputs())
-        codes = any(one.get_dtype().itemsize == 1 for one in made)
+        codes = any(one.get_dtype() in (torch.int8, torch.float8_e4m3fn) for one in made)
         return codes and width.is_number and int(width) <= WIDEST_HELD
 
 
