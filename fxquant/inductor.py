@@ -277,14 +277,16 @@ OVERLAP = "triton.enable_pdl"
 
 FUSED = "_post_fusion_custom_pass"
 
+HELD = "triton.persistent_reductions"
 
 WIDEST_HELD = 8192
-"""Values of a row that a kernel of Inductor's holds, and reads once."""
+"""Values of a row that a kernel of Inductor's holds, and reads once. (Read with 4096, on an H200.)"""
 
 
 class _Waiting(TritonKernel):
     """Lets the next kernel begin (and fetch weights), and waits for the one ahead before anything else.
-    Inductor's own lets it after the last load: at the end, if a row is read twice."""
+    Inductor's own lets it after the last load: at the end, if a row is read twice. And holds the rows of
+    which it makes codes."""
 
     def _handle_pdl_before_access(self, *args, **kwargs):
         pass
@@ -301,12 +303,20 @@ class _Waiting(TritonKernel):
 
     def _holds_rows(self) -> bool:
         """Rows of which it makes codes: the norm, the scale and the codes each want all values."""
-        width = self.features.reduction_numel
-        if self.cooperative_reduction or not self.inside_reduction:
+        features, width = self.features, self.features.reduction_numel
+        strict = getattr(features, "strict_sum_rblock", lambda: None)()  # from 2.14 on
+        if self.cooperative_reduction or not self.inside_reduction or strict is not None:
             return False
-        made = (one.node for node in self.features.scheduler_nodes() for one in node.get_outputs())
-        codes = any(one.get_dtype() in (torch.int8, torch.float8_e4m3fn) for one in made)
-        return codes and width.is_number and int(width) <= WIDEST_HELD
+        if not inductor_config.triton.persistent_reductions:
+            return False
+        if not width.is_number or int(width) > WIDEST_HELD:
+            return False
+        made = (one.node for node in features.scheduler_nodes() for one in node.get_outputs())
+        return any(
+            one.get_dtype() in (torch.int8, torch.float8_e4m3fn)
+            and one.get_numel() == features.numel * width  # of the rows, not of what they sum up to
+            for one in made
+        )
 
 
 class _Overlap(_SchedulerPass):
@@ -372,7 +382,8 @@ def compile_graph(
     hook, expand = "post_grad_custom_pre_pass", gm.meta.get("fxquant_expand")
     overlap = overlapping(patches, tag) if expand is not None else {}
     if expand is not None:
-        expand = partial(expand, held=bool(overlap))
+        holds = patches.get(HELD, inductor_config.triton.persistent_reductions)
+        expand = partial(expand, held=bool(overlap) and holds)
     patches = {**patches, hook: _Expansion(expand, tag, patches.get(hook)), **overlap}
     gm.meta.update({k: copy.copy(v) for k, v in origin.meta.items() if k not in gm.meta})
     if hasattr(origin, "_param_name_to_source"):

@@ -74,7 +74,7 @@ def divided(x, y, NATIVE: tl.constexpr):
 
 @jit
 def logistic(x):
-    """``1 / (1 + exp(-x))`` in four instructions: as ``activate``, but 0 below -87.3, where that is subnormal
+    """``1 / (1 + exp(-x))`` in four instructions, within its last bits; 0 below -87.3, where it is subnormal
     or nearly."""
     return tl.inline_asm_elementwise(
         "{ .reg .f32 e; mul.f32 e, $1, 0fBFB8AA3B; ex2.approx.ftz.f32 e, e;"
@@ -155,20 +155,21 @@ def quantize_rows_kernel(
 ):  # fmt: skip
     """codes[row, :] of x[row, :K] (or of what GATE makes of it: ``loaded``) with the row's scale and zero
     point. INVERSE: of half the codes' range. WIDENED: codes are those less the zero point, as
-    ``fxquant.widen`` has them. The program holds the row in PARTS of so many values. NATIVE: on a GPU."""
+    ``fxquant.widen`` has them. The program holds the row in PARTS of so many values. NATIVE: on a GPU with
+    these instructions (from sm80 on)."""
     row = tl.program_id(0).to(tl.int64)
     wait_for_previous_kernel(OVERLAP)
     held = ()
     bits, low, high = tl.full((), 0, tl.int32), 0.0, 0.0
-    start = 0
+    offset = 0
     for i in tl.static_range(len(PARTS)):
-        values = loaded(x, row, start + tl.arange(0, PARTS[i]), K, GATE, NATIVE)
+        values = loaded(x, row, offset + tl.arange(0, PARTS[i]), K, GATE, NATIVE)
         bits = tl.maximum(bits, largest_of(values))
         if ASYMMETRIC:
             low = tl.minimum(low, tl.min(values, 0))
             high = tl.maximum(high, tl.max(values, 0))
         held += (values,)  # type: ignore[assignment]
-        start += PARTS[i]
+        offset += PARTS[i]
     largest = bits.to(tl.float32, bitcast=True)
     radius = largest
     if ASYMMETRIC:
@@ -183,9 +184,9 @@ def quantize_rows_kernel(
         center = tl.where(step != step, 0.0, center)
         if not WIDENED:
             tl.store(zero + row, center.to(tl.int32))
-    start = 0
+    offset = 0
     for i in tl.static_range(len(PARTS)):
-        at = start + tl.arange(0, PARTS[i])
+        at = offset + tl.arange(0, PARTS[i])
         found = coded(held[i], step, center, FLOAT8, NATIVE)
         if WIDENED:
             found = in_lanes(found - center, PARTS[i]).to(codes.dtype.element_ty)
@@ -194,7 +195,7 @@ def quantize_rows_kernel(
         else:
             found = in_byte(found)
         tl.store(codes + row * K + at, found, at < K)
-        start += PARTS[i]
+        offset += PARTS[i]
 
 
 def parts_of(k: int) -> tuple[int, ...]:
@@ -279,7 +280,7 @@ def _plan(
         "SMALLEST": SMALLEST,
         "LARGEST": LARGEST,
         "GATE": GATES.get(gate, ""),
-        "NATIVE": not INTERPRET,
+        "NATIVE": not INTERPRET and "sm80" in device_row(device).features,
         "WIDENED": widened,
         "OVERLAP": overlaps(device),
     }

@@ -102,9 +102,8 @@ def _has_kernel(node: fx.Node, held: bool) -> bool:
     source = _viewed(x)
     if source.op == "placeholder" or _is_product(source):  # no kernel of Inductor's makes it
         return True
-    fused = (
-        held and value(x).shape[1] <= WIDEST_HELD and _is_computed(source) and not _widened(node)
-    )
+    fits = held and outputs(value(x).shape[1], gate) <= WIDEST_HELD
+    fused = fits and _is_computed(source) and not _widened(node)
     return are_many(value(x), gate) and not fused
 
 
@@ -121,12 +120,13 @@ def _is_product(x: fx.Node) -> bool:
 
 def _is_computed(x: fx.Node) -> bool:
     """Whether it is more than moved (as what attention makes is)."""
-    return isinstance(x.target, torch._ops.OpOverload) and torch.Tag.pointwise in x.target.tags
+    op = isinstance(x.target, torch._ops.OpOverload) and x.target is not aten.clone.default
+    return op and torch.Tag.pointwise in x.target.tags  # type: ignore[union-attr]
 
 
 def _keep_sums(graph: fx.Graph) -> None:
     """Store what a linear's result was added to: each norm would otherwise add up again what all linears
-    before it have added."""
+    before it have added. (Linears that are one op: what scales the result of ATen's hides them.)"""
     for node in graph.find_nodes(op="call_function", target=aten.add.Tensor):
         if len(node.users) > 1 and any(_is_product(_viewed(n)) for n in node.all_input_nodes):
             realize(node)

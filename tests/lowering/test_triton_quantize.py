@@ -204,8 +204,9 @@ def test_inductor_gets_the_kernel_where_it_is_better(
         (torch.sin, 63, True),
         (lambda y: y @ y.mT @ y, 64, True),
         (lambda y: y.sin().t().sin().t(), 64, True),
+        (lambda y: (y @ y.mT @ y).view(20, 4, 16).mT.contiguous().view(20, 64), 64, True),
     ],
-    ids=["computed", "wider than is held", "product", "moved"],
+    ids=["computed", "wider than is held", "product", "moved", "copied"],
 )
 def test_many_rows_that_inductor_holds_are_fused_too(before, widest, own, anywhere, monkeypatch):
     monkeypatch.setattr(expansion, "WIDEST_HELD", widest)
@@ -270,7 +271,7 @@ from fxquant.scheme import get_scheme
 
 scheme = get_scheme(sys.argv[1])
 plan = quantize._plan(scheme, "silu_mul", False, False, 11008, torch.device("cpu"))
-constants = plan.constants | {"OVERLAP": True}
+constants = plan.constants | {"OVERLAP": True, "NATIVE": True}
 names = quantize.quantize_rows_kernel.arg_names
 codes = {torch.int8: "*i8", torch.float8_e4m3fn: "*fp8e4nv"}[plan.codes]
 types = {"x": "*bf16", "codes": codes, "scale": "*fp32", "zero": "*i32", "K": "i32"}
@@ -289,8 +290,9 @@ open(sys.argv[2], "wb").write(made.asm["cubin"])
 @pytest.mark.skipif(not DISASSEMBLER.is_file(), reason="needs nvdisasm")
 @pytest.mark.parametrize("scheme", ["int8dq", "8da4w-128", "fp8dq"])
 def test_nothing_is_converted_one_by_one(scheme, tmp_path):
-    """What a gate makes is rounded two numbers at a time, and codes become bytes by an addition: with F2F and
-    F2I for each value, and more for the sigmoid, a gate took a fourth more time."""
+    """What a gate makes is rounded two numbers at a time, codes become bytes by an addition, and a sigmoid
+    takes four instructions: with F2F and F2I for each value and more of the others a gate took a fourth more
+    time."""
     file = tmp_path / "kernel.cubin"
     environment = {n: v for n, v in os.environ.items() if n != "TRITON_INTERPRET"}
     command = [sys.executable, "-c", COMPILED, scheme, str(file)]
@@ -300,6 +302,9 @@ def test_nothing_is_converted_one_by_one(scheme, tmp_path):
     assert "LDG" in words and "MUFU" in words
     one_by_one = [word for word in words if word in ("F2F", "F2I")]
     assert len(one_by_one) <= (scheme == "8da4w-128"), "the zero point of a row"
+    # two MUFU and one FMUL of a sigmoid, the products with it and with the other half; FSETP are of clamps
+    values = 12288 // (32 * 16 if scheme != "8da4w-128" else 32 * 8)
+    assert words.count("FSETP") <= 1.3 * values, "none of a sigmoid that minds subnormal numbers"
 
 
 @pytest.mark.parametrize("widened", [False, True])

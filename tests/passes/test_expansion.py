@@ -144,9 +144,10 @@ def test_what_a_linear_is_added_to_is_stored_where_it_is_read_again():
     assert stored.count(True) == 1 and stored[0], sums
 
 
-@pytest.mark.parametrize("scheme", ["int8dq", "8da4w-128", "fp8dq"])
-def test_many_rows_behind_a_norm_have_the_same_codes(scheme):
+@pytest.mark.parametrize("scheme, floor", [("int8dq", 43), ("8da4w-128", 43), ("fp8dq", 37.5)])
+def test_many_rows_behind_a_norm_are_quantized_as_well(scheme, floor):
     """As many as would have a kernel of their own, on a GPU."""
+    torch.manual_seed(0)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = torch.nn.Sequential(torch.nn.RMSNorm(4096), torch.nn.Linear(4096, 64, bias=False))
     model.to(device, torch.bfloat16)
@@ -163,4 +164,4 @@ def test_many_rows_behind_a_norm_have_the_same_codes(scheme):
     assert not called("quantize", code) and not called("quantize_rows", code)
     rows = torch.arange(300, device=device) != 7
     assert y[7].isnan().all() and bool((y[8] == 0).all())
-    assert sqnr(y[rows], expected[rows]) > 35
+    assert sqnr(y[rows], expected[rows]) > floor

@@ -48,7 +48,7 @@ def sources(
     monkeypatch: pytest.MonkeyPatch,
     model: torch.nn.Module | None = None,
     inputs: tuple[torch.Tensor, ...] = (),
-    scheme: str = "int8wo",
+    scheme: str | None = "int8wo",
     **options,
 ) -> list[str]:
     """The Triton kernels of a model, a Block or another, as generated for a Hopper GPU. What comes after that
@@ -117,6 +117,35 @@ def test_rows_of_which_it_makes_codes_are_read_once(monkeypatch, scheme, width, 
     (norm,) = [k for k in kernels if "rsqrt" in k]
     assert "*i8" in norm, "fused with the quantization"
     assert ("persistent_reduction" in norm, LOOP in norm) == (held, not held)
+
+
+class Pooled(torch.nn.Module):
+    """A column's mean, of which codes are made."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = torch.nn.Linear(512, 64, bias=False)
+
+    def forward(self, x):
+        return self.linear(x.mean(1))
+
+
+@needs_triton
+def test_codes_of_what_a_kernel_sums_up_are_none_of_its_rows(monkeypatch):
+    model, x = Pooled().bfloat16(), torch.randn(4, 4096, 512).bfloat16()
+    stats = fxquant.calibrate(model, [x])
+    fxquant.quantize(model, "int8static", stats=stats, smooth=None)
+    kernels = sources(monkeypatch, model, (x,), None)
+    (mean,) = [k for k in kernels if "4096.0" in k]
+    assert "*i8" in mean and LOOP in mean
+
+
+@needs_triton
+def test_who_wants_no_persistent_reductions_gets_none(monkeypatch):
+    model = torch.nn.Sequential(torch.nn.RMSNorm(512), torch.nn.Linear(512, 64, bias=False))
+    options = {"triton.persistent_reductions": False}
+    kernels = sources(monkeypatch, model, (torch.randn(300, 512),), "int8dq", **options)
+    assert kernels and not any("persistent_reduction" in k for k in kernels)
 
 
 class Residuals(torch.nn.Module):
